@@ -1,0 +1,51 @@
+# The front door. It needs python3 (3.11 or newer), pip and make; `make` lists targets.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+STAMP := .venv/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The pins also hold for what pip draws to build the package.
+export PIP_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check bench report clean
+
+help: ## list the targets
+	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## create .venv and install pinned dependencies (the others do so, too)
+	@:
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
+	'sirfshampoo needs Python 3.11 or newer, this is ' + sys.version.split()[0] + \
+	'. Try: make setup PYTHON=python3.11')"
+	@echo "Setting up .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(RUN) -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup ## train on two tasks beside AdamW and SGD (under 3 minutes)
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: setup ## run the tests (under 6 minutes)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
+
+check: setup ## what CI runs: format, lint, types, tests
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+	@$(MAKE) --no-print-directory test
+
+bench: setup ## time step() for each structure beside AdamW
+	@$(RUN) -m benchmarks.step $(ARGS)
+
+report: setup ## rewrite the tables of the README from committed results
+	@$(RUN) -m benchmarks.report $(ARGS)
+
+clean: ## remove .venv, caches and out/
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis out build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

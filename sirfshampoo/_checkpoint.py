@@ -1,0 +1,130 @@
+"""What a state dict keeps, and what it takes for one to fit an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+
+from sirfshampoo._config import OPTIONS, check_options, dtypes_of_axes
+
+Group = Mapping[str, Any]
+
+
+def without_code(group: Group) -> dict[str, Any]:
+    """Return a parameter group less the options that are code, not numbers."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key != "combine_params" and not (key == "T" and callable(value))
+    }
+
+
+def with_code(saved: Group, present: Group) -> dict[str, Any]:
+    """Return a copy of a saved group with the present one's parameters and code.
+
+    What a saved group may lack is taken from the present one: a callable ``T`` and
+    the names of parameters.
+    """
+    code = {key: present[key] for key in ("params", "combine_params")}
+    absent = {key: present[key] for key in ("T", "param_names") if key in present}
+    return {**code, **absent, **deepcopy(dict(saved)), **code}
+
+
+def check_fit(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Group],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+) -> tuple[dict[Tensor, dict[str, Tensor]], int | None]:
+    """Check that a state dict fits an optimizer.
+
+    Args:
+        state_dict: The state dict.
+        groups: The optimizer's parameter groups.
+        state: The optimizer's present state.
+
+    Returns:
+        The saved tensors of each parameter, not copied, and the saved global step
+        (None if there is nothing that could tell it).
+
+    Raises:
+        ValueError: If the state dict is of another model, or of other structures.
+    """
+    for key in ("state", "param_groups"):
+        if not isinstance(state_dict, Mapping) or key not in state_dict:
+            raise ValueError(f"Argument 'state_dict' must be a dict with key '{key}'.")
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"Argument 'state_dict' must have {len(groups)} parameter groups, one for "
+            f"each pre-conditioner, got {len(saved_groups)}."
+        )
+    by_parameter = {}
+    for i, (saved, present) in enumerate(zip(saved_groups, groups, strict=True)):
+        _check_group(f"group {i}", saved, present)
+        for key, p in zip(saved["params"], present["params"], strict=True):
+            entries = dict(state_dict["state"].get(key, {}))
+            _check_entries(f"parameter {key}", entries, p, state[p])
+            by_parameter[p] = entries
+
+    steps = {int(e["step"]) for e in by_parameter.values() if "step" in e}
+    steps |= {state_dict["global_step"]} if "global_step" in state_dict else set()
+    if len(steps) > 1 or any(not isinstance(s, int) or s < 0 for s in steps):
+        raise ValueError(
+            f"Argument 'state_dict' must hold one global step >= 0, got {steps}."
+        )
+    return by_parameter, next(iter(steps), None)
+
+
+def _check_group(owner: str, saved: Group, present: Group) -> None:
+    """Check the options of one group, and how many parameters it has."""
+    missing = {"params", *OPTIONS} - {"T", "combine_params"} - set(saved)
+    if missing:
+        raise ValueError(
+            f"Argument 'state_dict' must have the keys {sorted(missing)} in {owner}: "
+            "it is not of this optimizer."
+        )
+    if len(saved["params"]) != len(present["params"]):
+        raise ValueError(
+            f"Argument 'state_dict' must have {len(present['params'])} parameters in "
+            f"{owner}, got {len(saved['params'])}."
+        )
+    if tuple(saved["structures"]) != present["structures"]:
+        raise ValueError(
+            f"Argument 'state_dict' must have the structures {present['structures']} "
+            f"in {owner}, got {saved['structures']!r}."
+        )
+    check_options(without_code(saved))
+    ndim = len(present["structures"])
+    dtypes_of_axes(saved["preconditioner_dtypes"], ndim, present["params"][0].dtype)
+
+
+def _check_entries(
+    owner: str, saved: Mapping[str, Any], p: Tensor, present: Mapping[str, Tensor]
+) -> None:
+    """Check the keys and shapes of one parameter's entries.
+
+    Momenta may be there or not: that follows from the hyperparameters, which a state
+    dict brings along.
+    """
+    required = {k: t.shape for k, t in present.items() if k[0] != "m"}
+    momenta = {f"m{k[1:]}": shape for k, shape in required.items() if k[0] == "K"}
+    shapes = {**required, **momenta, "momentum_buffer": p.shape}
+    missing = required.keys() - saved.keys()
+    if momenta.keys() & saved.keys():
+        missing |= momenta.keys() - saved.keys()
+    unknown = saved.keys() - shapes.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"Argument 'state_dict' must hold the state of this optimizer for {owner}: "
+            f"missing {sorted(missing)}, not expected {sorted(unknown)}."
+        )
+    for key, tensor in saved.items():
+        found = tensor.shape if isinstance(tensor, Tensor) else type(tensor).__name__
+        if found != shapes[key]:
+            raise ValueError(
+                f"Argument 'state_dict' must hold a tensor of shape "
+                f"{tuple(shapes[key])} as '{key}' of {owner}, got {found}."
+            )

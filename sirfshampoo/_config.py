@@ -1,0 +1,205 @@
+"""Reads what the user wrote and refuses what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from sirfshampoo.combiner import PreconditionerGroup
+from sirfshampoo.structures import SUPPORTED_STRUCTURES
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: What other optimizers call things, and what to write here.
+_FOREIGN = {
+    "weight_decay": "'kappa'",
+    "momentum": "'alpha1'",
+    "betas": "'alpha1' for the momentum, 'beta2' for the factors' learning rate",
+    "eps": "'lam'",
+    "damping": "'lam'",
+}
+
+
+def _number(rule: str, allowed: Callable[[float], bool]) -> Callable[[str, Any], None]:
+    """Return the check of a real number against a rule."""
+
+    def check(argument: str, value: Any) -> None:
+        number = value
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            number = value.item()
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, Real)
+            or not isfinite(number)
+            or not allowed(float(number))
+        ):
+            raise ValueError(f"Argument '{argument}' must be {rule}, got {value!r}.")
+
+    return check
+
+
+def _check_T(argument: str, value: Any) -> None:
+    positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not positive and not callable(value):
+        raise ValueError(
+            f"Argument '{argument}' must be an integer > 0 or a callable from the step "
+            f"to a boolean, got {value!r}."
+        )
+
+
+def _check_rules(argument: str, value: Any) -> None:
+    rules = value if isinstance(value, (tuple, list)) and value else (None,)
+    for rule in rules:
+        if not isinstance(rule, PreconditionerGroup):
+            raise ValueError(
+                f"Argument '{argument}' must be a non-empty tuple of instances of "
+                f"PreconditionerGroup, got {value!r}."
+            )
+
+
+def _check_entry(argument: str, entry: Any) -> None:
+    """Check what stands for one axis in `structures` or `preconditioner_dtypes`."""
+    if argument == "structures":
+        if not isinstance(entry, str) or entry not in SUPPORTED_STRUCTURES:
+            raise ValueError(
+                f"Argument 'structures' must name supported structures "
+                f"{list(SUPPORTED_STRUCTURES)}, got {entry!r}."
+            )
+    elif entry is not None and entry not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"Argument 'preconditioner_dtypes' must hold None or one of "
+            f"{list(SUPPORTED_DTYPES)}, got {entry!r}."
+        )
+
+
+def _check_axes(argument: str, value: Any) -> None:
+    """Check a specification by axis count and axis, before it meets a tensor."""
+    by_count = value if isinstance(value, Mapping) else {None: value}
+    for count, entries in by_count.items():
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
+            raise ValueError(
+                f"Argument '{argument}' must map numbers of axes (integers > 0) to "
+                f"entries, got the key {count!r}."
+            )
+        if not isinstance(entries, (tuple, list)):
+            entries = (entries,)
+        elif count is not None and len(entries) != count:
+            raise ValueError(
+                f"Argument '{argument}' must have {count} entries for tensors with "
+                f"{count} axes, got {entries!r}."
+            )
+        for entry in entries:
+            _check_entry(argument, entry)
+
+
+_non_negative = _number("a finite number >= 0", lambda x: x >= 0)
+_fraction = _number("a number in [0, 1)", lambda x: 0 <= x < 1)
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lr": _non_negative,
+    "beta2": _non_negative,
+    "alpha1": _fraction,
+    "alpha2": _fraction,
+    "lam": _non_negative,
+    "kappa": _non_negative,
+    "T": _check_T,
+    "structures": _check_axes,
+    "preconditioner_dtypes": _check_axes,
+    "combine_params": _check_rules,
+}
+
+#: The options of a parameter group.
+OPTIONS = tuple(_CHECKS)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the options of a parameter group; those not of this package are ignored.
+
+    Raises:
+        ValueError: If a value is wrong, or if an option of another optimizer, which
+            would have no effect, is given.
+    """
+    for name, value in options.items():
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
+        elif name in _FOREIGN:
+            raise ValueError(
+                f"Argument '{name}' is not an option of SIRFShampoo: use "
+                f"{_FOREIGN[name]} in its place. Got {value!r}."
+            )
+
+
+def check_model(model: Any) -> None:
+    """Check the constructor's `model`."""
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+        )
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Check the constructor's `batch_size`."""
+    positive = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not (positive and batch_size > 0) and not callable(batch_size):
+        raise ValueError(
+            "Argument 'batch_size' must be an integer > 0 or a callable from the "
+            f"model's inputs to one, got {batch_size!r}."
+        )
+
+
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Check that a parameter is of a type that can be trained."""
+    if parameter.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"Argument 'params' must hold parameters of types "
+            f"{list(SUPPORTED_DTYPES)}, got {parameter.dtype} for {name}."
+        )
+
+
+def _of_axes(argument: str, specification: Any, ndim: int) -> tuple[Any, ...]:
+    """Return the entry of each axis of a tensor with `ndim` axes."""
+    entries = specification
+    if isinstance(specification, Mapping):
+        if ndim not in specification:
+            raise ValueError(
+                f"Argument '{argument}' must have an entry for tensors with {ndim} "
+                f"axes, got {specification!r}."
+            )
+        entries = specification[ndim]
+    if not isinstance(entries, (tuple, list)):
+        return (entries,) * ndim
+    if len(entries) != ndim:
+        raise ValueError(
+            f"Argument '{argument}' must have {ndim} entries for a tensor with {ndim} "
+            f"axes, got {entries!r}."
+        )
+    return tuple(entries)
+
+
+def structures_of_axes(specification: Any, ndim: int) -> tuple[str, ...]:
+    """Return the structure of each axis of a tensor with `ndim` axes.
+
+    Raises:
+        ValueError: If the specification does not say it.
+    """
+    return _of_axes("structures", specification, ndim)
+
+
+def dtypes_of_axes(
+    specification: Any, ndim: int, default: torch.dtype
+) -> tuple[torch.dtype, ...]:
+    """Return the factors' type for each axis of a tensor with `ndim` axes.
+
+    Raises:
+        ValueError: If the specification does not say it.
+    """
+    entries = _of_axes("preconditioner_dtypes", specification, ndim)
+    return tuple(default if entry is None else entry for entry in entries)

@@ -1,0 +1,315 @@
+"""Units of equal shape, structure, dtype and device as the rows of stacked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._units import Unit
+from sirfshampoo._update import (
+    Preconditioner,
+    descend,
+    precondition,
+    unless_all,
+    update_factors,
+)
+from sirfshampoo.combiner import PerParameter
+from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from sirfshampoo.structures.base import accumulation_dtype
+
+State = dict[str, Tensor]
+
+#: How many numbers a stack of several units may work on. Many small products are faster
+#: as one batched product; large ones gain nothing on a CPU, but lose the copy of their
+#: gradients into the stack, a working set that fits the caches, and, from 4 MiB a
+#: temporary on, more time to page faults than to arithmetic.
+_STACK_LIMIT = {"cpu": 1 << 19}
+_STACK_LIMIT_ELSEWHERE = 1 << 27
+
+#: How many steps a kept K Kᵀ is taken to serve if the interval is a callable.
+_GUESSED_INTERVAL = 10
+
+
+class Settings(NamedTuple):
+    """What the rows of one run have in common during a step."""
+
+    lr: float
+    beta2: float
+    alpha1: float
+    alpha2: float
+    lam: float
+    kappa: float
+    due: bool  # whether the factors are to be updated
+    interval: int  # how many steps the factors are expected to stay
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], *, due: bool) -> Settings:
+        """Read the settings of a parameter group."""
+        T = group["T"]
+        return cls(
+            lr=float(group["lr"]),
+            beta2=float(group["beta2"]),
+            alpha1=float(group["alpha1"]),
+            alpha2=float(group["alpha2"]),
+            lam=float(group["lam"]),
+            kappa=float(group["kappa"]),
+            due=due,
+            interval=_GUESSED_INTERVAL if callable(T) else T,
+        )
+
+
+class Stack:
+    """Units that are treated by the same batched operations.
+
+    The rows of its tensors stand in the optimizer's state; `is_current` tells whether
+    someone has put others in their place.
+
+    Attributes:
+        units: The units, one a row.
+        K: The Kronecker factor of each axis, ``[rows, d_n, d_n]``.
+        m: Their Riemannian momenta; None if there are none.
+        V: The momentum of each of a unit's parameters, ``[rows, *shape]``; None if
+            there is none.
+        step: The number of steps taken, ``[rows]``, on the CPU.
+        skipped: The number of steps sat out for a non-finite gradient, ``[rows]``.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], *, has_m: bool, has_V: bool, step: int
+    ) -> None:
+        """Set up the stack as at the start of training, at a global step."""
+        self.units = units
+        first, batch = units[0], (len(units),)
+        device = first.params[0].device
+        axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
+        self.K = [
+            SUPPORTED_STRUCTURES[name].eye(d, batch=batch, dtype=dtype, device=device)
+            for name, d, dtype in axes
+        ]
+        self.m = None
+        if has_m:
+            self.m = [
+                SUPPORTED_STRUCTURES[name].zeros(
+                    d, batch=batch, dtype=dtype, device=device
+                )
+                for name, d, dtype in axes
+            ]
+        self.V = None
+        if has_V:
+            self.V = [
+                # one parameter keeps its memory format
+                torch.zeros_like(p.detach()).unsqueeze(0)
+                if len(units) == 1
+                else torch.zeros(*batch, *p.shape, dtype=p.dtype, device=device)
+                for p in first.params
+            ]
+        self.step = torch.full(batch, step, dtype=torch.int64)
+        self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
+
+        self._placed: list[tuple[Tensor, str, Tensor]] = []
+        # K Kᵀ of rows whose factors stay for several steps, and the rows where the
+        # factors have changed since
+        self._kept: list[Preconditioner] | None = None
+        self._outdated: set[int] = set()
+
+    # ------------------------------------------------------------------------ state
+
+    def _rows(self) -> Iterator[tuple[int, int, str, Tensor]]:
+        """Yield row, position of the parameter in its unit, key and tensor."""
+        matrices = {f"K{n}": K_n for n, K_n in enumerate(self.K)}
+        matrices |= {f"m{n}": m_n for n, m_n in enumerate(self.m or [])}
+        fields = {
+            f"{name}.{field}": tensor
+            for name, matrix in matrices.items()
+            for field, tensor in matrix.named_tensors()
+        }
+        stacked = [(0, "step", self.step), (0, "skipped", self.skipped)]
+        stacked += [(0, key, tensor) for key, tensor in fields.items()]
+        stacked += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
+        for position, key, tensor in stacked:
+            for row, view in enumerate(tensor.unbind(0)):
+                yield row, position, key, view
+
+    def place(self, state: dict[Tensor, State]) -> None:
+        """Take over the numbers in the optimizer's state and leave the rows there."""
+        self._placed = []
+        for row, position, key, view in self._rows():
+            p = self.units[row].params[position]
+            if key in state[p]:
+                view.copy_(state[p][key])
+            state[p][key] = view
+            self._placed.append((p, key, view))
+
+    def is_current(
+        self, state: Mapping[Tensor, State], groups: Sequence[Mapping[str, Any]]
+    ) -> bool:
+        """Return whether the state holds these rows and no momentum is missing."""
+        for unit in self.units:
+            group = groups[unit.group]
+            if (self.m is None and group["alpha2"]) or (
+                self.V is None and group["alpha1"]
+            ):
+                return False
+        return all(
+            p in state and state[p].get(key) is view for p, key, view in self._placed
+        )
+
+    # ------------------------------------------------------------------------- step
+
+    def runs(
+        self, settings: Sequence[Settings | None]
+    ) -> Iterator[tuple[slice, Settings]]:
+        """Yield runs of neighbouring rows that are treated alike.
+
+        Args:
+            settings: The settings of each parameter group; None: the unit rests.
+        """
+        start, of_row = 0, [settings[unit.group] for unit in self.units]
+        for stop in range(1, len(of_row) + 1):
+            current = of_row[start]
+            if stop == len(of_row) or of_row[stop] != current:
+                if current is not None:
+                    yield slice(start, stop), current
+                start = stop
+
+    def take_step(self, rows: slice, settings: Settings, batch_size: int) -> None:
+        """Update factors (if due), momenta and parameters of a run of rows."""
+        units = self.units[rows]
+        lr, beta2, alpha1, alpha2, lam, kappa, due, interval = settings
+
+        G = _stacked([unit.joint_gradient() for unit in units])
+        moves = None
+        if due:
+            moves = update_factors(
+                self._part(self.K, rows),
+                None if self.m is None else self._part(self.m, rows),
+                G,
+                batch_size=batch_size,
+                beta2=beta2,
+                alpha2=alpha2,
+                lam=lam,
+            )
+            self._outdated.update(range(rows.start, rows.stop))
+        U = precondition(self._preconditioners(rows, interval), G)
+        # one entry that is not finite makes the sum so
+        finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
+        moves = unless_all(finite if moves is None else moves & finite)
+        if moves is not None:
+            self.skipped[rows].add_(~moves)
+
+        for j, U_j in enumerate(_scattered(units, U)):
+            descend(
+                [unit.params[j] for unit in units],
+                None if self.V is None else self.V[j][rows],
+                U_j,
+                moves=moves,
+                lr=lr,
+                alpha1=alpha1,
+                kappa=kappa,
+            )
+
+    def _part(
+        self, matrices: list[StructuredMatrix], rows: slice
+    ) -> list[StructuredMatrix]:
+        """Return a run of rows of a matrix a axis; of all rows: the matrices."""
+        whole = rows.stop - rows.start == len(self.units)
+        return matrices if whole else [matrix[rows] for matrix in matrices]
+
+    def _preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
+        """Return K Kᵀ of a run of rows; it is kept if the factors stay for a while."""
+        if interval == 1 or self._kept is None:
+            squared = [self._squaring_pays(K_n, interval) for K_n in self.K]
+        else:
+            squared = [kept.squared for kept in self._kept]
+
+        def prepare(rows: slice) -> list[Preconditioner]:
+            return [
+                Preconditioner.prepare(K_n, squared=pays)
+                for K_n, pays in zip(self._part(self.K, rows), squared, strict=True)
+            ]
+
+        if interval == 1:
+            return prepare(rows)
+        if self._kept is None:
+            self._kept = prepare(slice(0, len(self.units)))
+            self._outdated.clear()
+        elif not self._outdated.isdisjoint(range(rows.start, rows.stop)):
+            for kept, fresh in zip(self._kept, prepare(rows), strict=True):
+                kept[rows].copy_(fresh)
+            self._outdated.difference_update(range(rows.start, rows.stop))
+        return [kept[rows] for kept in self._kept]
+
+    def _squaring_pays(self, K_n: StructuredMatrix, interval: int) -> bool:
+        """Return whether K Kᵀ costs less than what it saves until K changes.
+
+        Multiplying a matrix onto K costs its stored numbers times the columns of the
+        other: for K Kᵀ, K's numbers a row; for the gradient, its columns in each step.
+        """
+        columns = self.units[0].dims.numel() // K_n.dim
+        return K_n.num_stored(K_n.dim) <= K_n.dim * columns * interval
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Stack tensors along a new first axis; a stack of one is a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
+    """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
+    shapes, rule = [p.shape for p in units[0].params], units[0].rule
+    if type(rule).ungroup is PerParameter.ungroup:
+        return [U.reshape(len(units), *shapes[0])]
+    rows = [rule.ungroup(row, shapes) for row in U.unbind(0)]
+    return [_stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
+
+
+def stack_units(
+    units: Iterable[Unit],
+    groups: Sequence[dict[str, Any]],
+    state: dict[Tensor, State],
+    *,
+    step: int,
+) -> list[Stack]:
+    """Stack units that are alike, with the numbers that the state holds for them.
+
+    Args:
+        units: The units.
+        groups: Their parameter groups.
+        state: The optimizer's state; the rows of the stacks are left there.
+        step: The optimizer's global step, for units that have no state yet.
+    """
+    alike: dict[Any, list[Unit]] = {}
+    for unit in units:
+        group = groups[unit.group]
+        has_m = group["alpha2"] != 0 or "m0" in _prefixes(state, unit)
+        has_V = group["alpha1"] != 0 or "momentum_buffer" in _prefixes(state, unit)
+        key = (
+            has_m,
+            has_V,
+            id(unit.rule),
+            unit.dims,
+            unit.structures,
+            unit.dtypes,
+            *((p.shape, p.dtype, p.device) for p in unit.params),
+        )
+        alike.setdefault(key, []).append(unit)
+
+    stacks = []
+    for (has_m, has_V, *_), members in alike.items():
+        device = members[0].params[0].device.type
+        limit = _STACK_LIMIT.get(device, _STACK_LIMIT_ELSEWHERE)
+        rows = max(limit // max(members[0].working_set, 1), 1)
+        for start in range(0, len(members), rows):
+            chunk = members[start : start + rows]
+            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step)
+            stack.place(state)
+            stacks.append(stack)
+    return stacks
+
+
+def _prefixes(state: dict[Tensor, State], unit: Unit) -> set[str]:
+    """Return what the state holds for the unit's first parameter, less the fields."""
+    return {key.partition(".")[0] for key in state[unit.params[0]]}

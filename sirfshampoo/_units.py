@@ -1,0 +1,168 @@
+"""Which parameters share a pre-conditioner: units, and a parameter group for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.nn import Parameter
+
+from sirfshampoo._config import check_parameter, dtypes_of_axes, structures_of_axes
+from sirfshampoo.combiner import PreconditionerGroup
+from sirfshampoo.structures import SUPPORTED_STRUCTURES
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Parameters that share a pre-conditioner.
+
+    Attributes:
+        group: The index of the unit's parameter group.
+        params: The parameters, in the order in which `rule` joins them.
+        rule: Joins them into one tensor.
+        dims: The shape of that tensor.
+        structures: The structure of each axis' Kronecker factor.
+        dtypes: The type of each axis' Kronecker factor.
+    """
+
+    group: int
+    params: tuple[Tensor, ...]
+    rule: PreconditionerGroup
+    dims: Size
+    structures: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def num_stored(self) -> int:
+        """How many numbers the factors of the unit store."""
+        return sum(
+            SUPPORTED_STRUCTURES[name].num_stored(dim)
+            for name, dim in zip(self.structures, self.dims, strict=True)
+        )
+
+    @property
+    def working_set(self) -> int:
+        """How many numbers a step works on: of the gradient and of the factors."""
+        needed = (SUPPORTED_STRUCTURES[name].WORKSPACE for name in self.structures)
+        return self.dims.numel() * max(needed) + self.num_stored
+
+    def has_gradients(self) -> bool:
+        """Whether every parameter has a gradient.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        complete = True
+        for p in self.params:
+            if p.grad is None:
+                complete = False
+            elif p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    "SIRFShampoo does not support sparse gradients, got one of layout "
+                    f"{p.grad.layout} for a parameter of shape {tuple(p.shape)}. Build "
+                    "embedding layers with sparse=False."
+                )
+        return complete and self.dims.numel() > 0
+
+    def joint_gradient(self) -> Tensor:
+        """Return the gradients of the parameters, joined."""
+        return self.rule.group([p.grad for p in self.params if p.grad is not None])
+
+
+@torch.no_grad()
+def form_units(
+    group: Mapping[str, Any],
+    *,
+    names: Sequence[str],
+    identify: Callable[[PreconditionerGroup], list[list[Parameter]]],
+    start: int,
+) -> tuple[list[Unit], list[dict[str, Any]]]:
+    """Split what the user calls a parameter group into units with a group each.
+
+    Args:
+        group: The user's group, with all options.
+        names: The names of its parameters.
+        identify: What a rule finds in the model.
+        start: The index of the first of the new groups.
+
+    Returns:
+        The units, and their groups.
+
+    Raises:
+        ValueError: If an option does not fit, or no rule takes a parameter.
+    """
+    for name, p in zip(names, group["params"], strict=True):
+        check_parameter(name, p)
+    position = {id(p): i for i, p in enumerate(group["params"])}
+    units: list[Unit] = []
+    groups: list[dict[str, Any]] = []
+    for members, rule in _claims(group, names, identify):
+        dims, dtype = _joint_tensor(members, rule)
+        structures = structures_of_axes(group["structures"], len(dims))
+        dtypes = dtypes_of_axes(group["preconditioner_dtypes"], len(dims), dtype)
+        T = group["T"]
+        new = {
+            **group,
+            "params": list(members),
+            # a callable may hold state that groups must not share
+            "T": deepcopy(T) if callable(T) else T,
+            "structures": structures,
+            "preconditioner_dtypes": dtypes,
+            "combine_params": (rule,),
+        }
+        if "param_names" in group:
+            new["param_names"] = [names[position[id(p)]] for p in members]
+        index = start + len(units)
+        units.append(Unit(index, tuple(members), rule, dims, structures, dtypes))
+        groups.append(new)
+    return units, groups
+
+
+def _claims(
+    group: Mapping[str, Any],
+    names: Sequence[str],
+    identify: Callable[[PreconditionerGroup], list[list[Parameter]]],
+) -> list[tuple[list[Parameter], PreconditionerGroup]]:
+    """Return which rule takes which parameters, in the order of the parameters."""
+    position = {id(p): i for i, p in enumerate(group["params"])}
+    free = set(position)
+    claims: list[tuple[list[Parameter], PreconditionerGroup]] = []
+    for rule in group["combine_params"]:
+        for candidate in identify(rule):
+            ids = {id(p) for p in candidate}
+            partly_frozen = len({p.requires_grad for p in candidate}) != 1
+            if ids <= free and len(ids) == len(candidate) and not partly_frozen:
+                claims.append((candidate, rule))
+                free -= ids
+    if free:
+        orphans = [names[i] for i in sorted(position[key] for key in free)]
+        raise ValueError(
+            "Argument 'combine_params' must have a rule for every parameter, got none "
+            f"for {orphans}. Append PerParameter(), which takes any parameter of the "
+            "model."
+        )
+    return sorted(claims, key=lambda claim: min(position[id(p)] for p in claim[0]))
+
+
+def _joint_tensor(
+    params: list[Parameter], rule: PreconditionerGroup
+) -> tuple[Size, torch.dtype]:
+    """Return shape and type of the tensor that a rule makes of parameters.
+
+    Raises:
+        ValueError: If the rule makes something that cannot be pre-conditioned.
+    """
+    joint = rule.group(list(params))
+    shapes = [p.shape for p in params]
+    parts = [part.shape for part in rule.ungroup(joint, shapes)]
+    if joint.ndim == 0 or parts != shapes:
+        raise ValueError(
+            f"Argument 'combine_params' must hold rules whose 'group' returns a tensor "
+            f"with at least one axis that 'ungroup' splits into the shapes {shapes}, "
+            f"got {parts} from {tuple(joint.shape)} by {type(rule).__name__}."
+        )
+    return joint.shape, joint.dtype

@@ -1,0 +1,227 @@
+"""The method as tensor functions: learn the factors, pre-condition, descend.
+
+Source: "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order
+Perspective" (arXiv 2402.03496), the inverse-free Shampoo of Figure 3. Throughout, the
+leading axis of every tensor counts *rows*: units that are treated alike. G stacks
+gradients, ``[rows, d_1, …, d_N]``; K, m hold N batched matrices, ``[rows, d_n, d_n]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import sqrt
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sirfshampoo.structures import StructuredMatrix
+from sirfshampoo.structures.base import (
+    accumulation_dtype,
+    is_column_major,
+    per_matrix,
+)
+
+
+def _mat(X: Tensor, n: int) -> Tensor:
+    """Unfold ``[rows, d_1, …, d_N]`` along axis n into ``[rows, d_n, D / d_n]``."""
+    return X.movedim(n + 1, 1).reshape(X.shape[0], X.shape[n + 1], -1)
+
+
+def _fold(X: Tensor, n: int, dims: Sequence[int]) -> Tensor:
+    """Undo `_mat`: fold ``[rows, d_n, D / d_n]`` to ``[rows, d_1, …, d_N]``."""
+    others = [*dims[:n], *dims[n + 1 :]]
+    return X.reshape(X.shape[0], dims[n], *others).movedim(1, n + 1)
+
+
+def unless_all(mask: Tensor) -> Tensor | None:
+    """Return a mask, or None if it holds everywhere and looking at it costs no wait.
+
+    On the CPU that spares the passes that apply it; elsewhere the host would have to
+    wait for the device.
+    """
+    return None if mask.device.type == "cpu" and bool(mask.all()) else mask
+
+
+def _number(values: Tensor) -> float | Tensor:
+    """Return the only row's value as a number, if looking at it costs no wait.
+
+    With a number, torch fuses products, and does not cast half-precision matrices.
+    """
+    single = values.numel() == 1 and values.device.type == "cpu"
+    return values.item() if single else values
+
+
+def update_factors(
+    K: Sequence[StructuredMatrix],
+    m: Sequence[StructuredMatrix] | None,
+    G: Tensor,
+    *,
+    batch_size: int,
+    beta2: float,
+    alpha2: float,
+    lam: float,
+) -> Tensor | None:
+    """Update the Kronecker factors K and their Riemannian momenta m in place.
+
+    Args:
+        K: The factor of each axis.
+        m: The momentum of each axis; None if there is none (``alpha2`` is 0).
+        G: Gradients of the mean loss, ``[rows, *dims]``.
+        batch_size: The number of examples B that the loss averages over.
+        beta2: Learning rate of the factors.
+        alpha2: Riemannian momentum.
+        lam: Damping.
+
+    Returns:
+        A mask ``[rows]`` that is False where a non-finite gradient, or an overflow,
+        left the factors and momenta of a row as they were; None if there is none.
+    """
+    dims = G.shape[1:]
+    # A = √B · G ×_1 K_1ᵀ … ×_N K_Nᵀ, with K_n/√d_n in place of K_n so that half
+    # precision stays in range; the missing factors return as averages below
+    A = G
+    for n, K_n in enumerate(K):
+        scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
+        X = K_n.rmatmat(_mat(A.to(K_n.dtype), n), scale=scale)
+        A = _fold(X, n, dims)
+    # Π_n(K_nᵀ K_n) / d_n, and from its diagonal ‖K_n‖_F² / d_n
+    grams = [K_n.gram(scale=1 / K_n.dim) for K_n in K] if lam else []
+    traces = [gram.mean_diagonal() * gram.dim for gram in grams]
+
+    # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
+    s = []
+    for n, K_n in enumerate(K):
+        X = _mat(A.to(K_n.dtype), n)
+        s_n = K_n.project_gram(X, scale=dims[n] / 2)
+        if lam:
+            others = [trace for k, trace in enumerate(traces) if k != n]
+            product = reduce(torch.mul, others, torch.ones_like(traces[n]))
+            damping = _number(product * (lam / 2 * dims[n]))
+            s_n.add_(grams[n], damping)
+        s.append(s_n.shift_(-0.5))
+
+    # a number that is not finite makes the sum so
+    finite = unless_all(torch.stack([s_n.total() for s_n in s]).isfinite().all(0))
+    for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
+        # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
+        weight: float | Tensor = 1 - alpha2
+        if finite is not None:
+            s_n.clear_(~finite)
+            weight = finite.to(accumulation_dtype(s_n.dtype)) * weight
+        m_n = s_n if m is None else m[n].lerp_(s_n, weight)
+        # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
+        rate = m_n.norm().clamp_(min=1.0).reciprocal_()
+        rate_n = _number(rate if finite is None else rate * finite)
+        if isinstance(rate_n, Tensor):
+            K_n.add_(K_n.matmul(m_n.scale(rate_n)), alpha=-beta2)
+        else:
+            K_n.add_(K_n.matmul(m_n, scale=rate_n), alpha=-beta2)
+    return finite
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """K_n K_nᵀ of one axis in the form in which it is multiplied onto gradients.
+
+    Attributes:
+        matrix: K_n K_nᵀ if `squared`, else K_n; divided by its scale, if it has one.
+        squared: Whether `matrix` holds the product K_n K_nᵀ.
+        scale: What the product K_n K_nᵀ was divided by, ``[rows]``; None: nothing.
+    """
+
+    matrix: StructuredMatrix
+    squared: bool
+    scale: Tensor | None
+
+    @classmethod
+    def prepare(cls, K: StructuredMatrix, *, squared: bool) -> Self:
+        """Bring the factor of an axis into the form with or without K Kᵀ."""
+        scale = None
+        if K.dtype == torch.float16:
+            # the one type whose range K Kᵀ may leave; dividing costs a rounding
+            top = K.max_abs().float().clamp(min=1.0)
+            K, scale = K.scale(top.rsqrt()), top
+        outer = K.outer() if squared else None
+        if outer is None:
+            return cls(K, squared=False, scale=scale)
+        return cls(outer, squared=True, scale=scale)
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """Multiply onto X of shape ``[rows, d_n, columns]``."""
+        if self.squared:
+            # K Kᵀ is its own transpose: take the one that needs no copy
+            apply = self.matrix.rmatmat if is_column_major(X) else self.matrix.matmat
+            return apply(X)
+        return self.matrix.matmat(self.matrix.rmatmat(X))
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Return a view of a run of rows."""
+        scale = None if self.scale is None else self.scale[rows]
+        return type(self)(self.matrix[rows], self.squared, scale)
+
+    def copy_(self, other: Self) -> None:
+        """Copy the numbers of another one of the same form."""
+        self.matrix.copy_(other.matrix)
+        if self.scale is not None and other.scale is not None:
+            self.scale.copy_(other.scale)
+
+
+def precondition(factors: Sequence[Preconditioner], G: Tensor) -> Tensor:
+    """Return U = G ×_1 K_1 K_1ᵀ ×_2 … ×_N K_N K_Nᵀ.
+
+    Args:
+        factors: The pre-conditioner of each axis.
+        G: Gradients, ``[rows, *dims]``.
+
+    Returns:
+        The pre-conditioned gradients, ``[rows, *dims]``, in G's type.
+    """
+    dims, U = G.shape[1:], G
+    for n, factor in enumerate(factors):
+        U = _fold(factor(_mat(U.to(factor.matrix.dtype), n)), n, dims)
+    U = U.to(G.dtype)
+    for factor in factors:
+        if factor.scale is not None:
+            U = U * per_matrix(factor.scale, U).to(U.dtype)
+    return U
+
+
+def descend(
+    W: Sequence[Tensor],
+    V: Tensor | None,
+    U: Tensor,
+    *,
+    moves: Tensor | None,
+    lr: float,
+    alpha1: float,
+    kappa: float,
+) -> None:
+    """Update parameters and their momentum in place; overwrites U.
+
+    Args:
+        W: The parameters of the rows, each of shape ``shape``.
+        V: Their momentum, ``[rows, *shape]``; None if ``alpha1`` is 0.
+        U: Their pre-conditioned gradients, ``[rows, *shape]``.
+        moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
+            rows move.
+        lr: Learning rate.
+        alpha1: Momentum.
+        kappa: Weight decay.
+    """
+    if kappa:
+        torch._foreach_add_(U.unbind(0), list(W), alpha=kappa)
+    if moves is None:
+        # V ← alpha1 · V + (U + kappa · W)
+        step = U if V is None else V.mul_(alpha1).add_(U)
+    else:
+        # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
+        rests = per_matrix(~moves, U)
+        step = U.masked_fill_(rests, 0.0)
+        if V is not None:
+            keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
+            step = V.mul_(per_matrix(keep, V)).add_(U).masked_fill(rests, 0.0)
+    # W ← W − lr · V
+    torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)

@@ -1,0 +1,116 @@
+"""Block-diagonal matrices: dense blocks of one size, then a smaller one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from sirfshampoo.structures.base import StructuredMatrix, product, product_like
+
+
+def _is_large(X: Tensor) -> bool:
+    """Return whether products with X go one by one over the batch.
+
+    The blocks of several matrices lie at uneven distances, hence one product for all
+    needs copies of X; beyond some size these cost more than the products' launches.
+    """
+    return X.ndim == 3 and X.shape[1:].numel() >= 1 << 14
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDiagonalMatrix(StructuredMatrix):
+    """A batch of matrices with ⌊d / b⌋ dense b × b blocks and one of the rest.
+
+    Attributes:
+        BLOCK_SIZE: The size b of the blocks.
+        blocks: The blocks of full size, ``[*batch, d // b, b, b]``.
+        last: The block of the remaining rows, ``[*batch, d % b, d % b]``.
+    """
+
+    BLOCK_SIZE: ClassVar[int]
+
+    blocks: Tensor
+    last: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.blocks.shape[-3] * self.BLOCK_SIZE + self.last.shape[-1]
+
+    @classmethod
+    def layout(cls, dim: int) -> dict[str, tuple[int, ...]]:
+        number, rest = divmod(dim, cls.BLOCK_SIZE)
+        size = cls.BLOCK_SIZE
+        return {"blocks": (number, size, size), "last": (rest, rest)}
+
+    @classmethod
+    def _cut(cls, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the rows of X into [*batch, d // b, b, c] and [*batch, d % b, c]."""
+        number, rest = divmod(X.shape[-2], cls.BLOCK_SIZE)
+        head, last = X.split([X.shape[-2] - rest, rest], dim=-2)
+        return head.unflatten(-2, (number, cls.BLOCK_SIZE)), last
+
+    def matmul(self, other: Self, *, scale: float = 1.0) -> Self:
+        blocks, last = other.blocks * scale, other.last * scale
+        return type(self)(self.blocks @ blocks, self.last @ last)
+
+    def matmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
+        # the scale is put on the factor: it has fewer numbers than X
+        blocks, last = self.blocks * scale, self.last * scale
+        Y = torch.empty_like(X)
+        factors, rows, results = (blocks, last), self._cut(X), self._cut(Y)
+        for K, x, y in zip(factors, rows, results, strict=True):
+            if _is_large(X):
+                for K_i, x_i, y_i in zip(K, x, y, strict=True):
+                    y_i.copy_(product_like(K_i, x_i))
+            else:
+                y.copy_(K @ x)
+        return Y
+
+    def rmatmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
+        return type(self)(self.blocks.mT, self.last.mT).matmat(X, scale=scale)
+
+    @classmethod
+    def project_gram(cls, X: Tensor, *, scale: float = 1.0) -> Self:
+        head, last = cls._cut(X)
+        if _is_large(X):
+            blocks = torch.stack([part @ part.mT for part in head])
+        else:
+            blocks = head @ head.mT
+        return cls(blocks.mul_(scale), product(last, last.mT, scale))
+
+    def gram(self, *, scale: float = 1.0) -> Self:
+        return self.map(lambda t: (t.mT @ t).mul_(scale))
+
+    def outer(self) -> Self:
+        return self.map(lambda t: t @ t.mT)
+
+    def diagonals(self) -> tuple[Tensor, ...]:
+        return tuple(t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())
+
+    @classmethod
+    def from_dense(cls, S: Tensor) -> Self:
+        number, rest = divmod(S.shape[-1], cls.BLOCK_SIZE)
+        full, size = S.shape[-1] - rest, cls.BLOCK_SIZE
+        tiles = S[..., :full, :full].unflatten(-1, (number, size))
+        tiles = tiles.unflatten(-3, (number, size))  # [*batch, n, b, n, b]
+        blocks = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        return cls(blocks.clone(), S[..., full:, full:].clone())
+
+    def to_dense(self) -> Tensor:
+        size, full = self.BLOCK_SIZE, self.blocks.shape[-3] * self.BLOCK_SIZE
+        K = self.last.new_zeros(self.shape)
+        for i, start in enumerate(range(0, full, size)):
+            stop = start + size
+            K[..., start:stop, start:stop] = self.blocks[..., i, :, :]
+        K[..., full:, full:] = self.last
+        return K
+
+
+@dataclass(frozen=True, eq=False)
+class Block30DiagonalMatrix(BlockDiagonalMatrix):
+    """Block-diagonal matrices with blocks of 30 × 30."""
+
+    BLOCK_SIZE = 30

@@ -1,0 +1,63 @@
+"""Dense matrices: every entry is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from sirfshampoo.structures.base import (
+    StructuredMatrix,
+    product,
+    product_like,
+    symmetric_product,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMatrix(StructuredMatrix):
+    """A batch of d × d matrices without structure.
+
+    Attributes:
+        mat: The entries, ``[*batch, d, d]``.
+    """
+
+    mat: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.mat.shape[-1]
+
+    @classmethod
+    def layout(cls, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"mat": (dim, dim)}
+
+    def matmul(self, other: Self, *, scale: float = 1.0) -> Self:
+        return type(self)(product(self.mat, other.mat, scale))
+
+    def matmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
+        return product_like(self.mat, X, scale)
+
+    def rmatmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
+        return product_like(self.mat.mT, X, scale)
+
+    @classmethod
+    def project_gram(cls, X: Tensor, *, scale: float = 1.0) -> Self:
+        return cls(symmetric_product(X, scale))
+
+    def gram(self, *, scale: float = 1.0) -> Self:
+        return type(self)(symmetric_product(self.mat.mT, scale))
+
+    def outer(self) -> Self:
+        return type(self)(symmetric_product(self.mat))
+
+    def diagonals(self) -> tuple[Tensor, ...]:
+        return (self.mat.diagonal(dim1=-2, dim2=-1),)
+
+    @classmethod
+    def from_dense(cls, S: Tensor) -> Self:
+        return cls(S.clone())
+
+    def to_dense(self) -> Tensor:
+        return self.mat.clone()

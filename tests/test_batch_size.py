@@ -1,0 +1,146 @@
+"""The batch size is that of the examples whose gradients are in ``.grad``."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sirfshampoo import SIRFShampoo
+from sirfshampoo.optimizer import get_batch_size
+
+
+def train_on(model: nn.Module, *batches: Tensor) -> None:
+    for x in batches:
+        (model(x).square().mean() / len(batches)).backward()
+
+
+def test_get_batch_size_is_the_first_tensors_leading_dimension() -> None:
+    a, b = torch.zeros(3, 2), torch.zeros(5)
+    assert get_batch_size((a, b)) == 3
+    assert get_batch_size((None, {"x": [torch.tensor(1.0), b]}, a)) == 5
+    with pytest.raises(ValueError, match="'batch_size'"):
+        get_batch_size((None, "text", torch.tensor(1.0)))
+
+
+def test_micro_batches_add_up_until_the_next_step() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    for sizes in [(4,), (2, 3, 1), (5,)]:
+        optimizer.zero_grad()
+        train_on(model, *(torch.randn(n, 3) for n in sizes))
+        assert optimizer.batch_size == sum(sizes)
+        optimizer.step()
+        assert optimizer.batch_size == sum(sizes)
+
+
+@pytest.mark.parametrize("where", ["evaluation mode", "no_grad"])
+def test_forward_passes_without_training_do_not_count(where: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    train_on(model, torch.randn(4, 3))
+    with torch.set_grad_enabled(where != "no_grad"):
+        model.train(where != "evaluation mode")(torch.randn(100, 3))
+    model.train()
+    assert optimizer.batch_size == 4
+    optimizer.step()
+    with torch.no_grad():
+        model(torch.randn(100, 3))
+    train_on(model, torch.randn(5, 3))
+    assert optimizer.batch_size == 5
+
+
+def test_zero_grad_between_forward_and_backward_keeps_the_count() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    loss = model(torch.randn(4, 3)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    assert optimizer.batch_size == 4
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_integer_hook_and_callable_agree(size: int) -> None:
+    x = torch.randn(4, 3)
+    results = []
+    for batch_size in (size, get_batch_size, lambda inputs: size):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        optimizer = SIRFShampoo(model, beta2=0.5, batch_size=batch_size)
+        for _ in range(3):
+            optimizer.zero_grad()
+            train_on(model, x)
+            optimizer.step()
+        results.append(model.weight.detach().clone())
+    by_number, by_hook, by_callable = results
+    assert torch.equal(by_number, by_callable)
+    assert torch.equal(by_number, by_hook) == (size == 4)
+
+
+def test_callable_gets_the_tuple_of_positional_inputs() -> None:
+    seen: list[Any] = []
+
+    def count(inputs: tuple[Tensor, ...]) -> int:
+        seen.append(inputs)
+        return 6
+
+    model = nn.Bilinear(3, 2, 1)
+    optimizer = SIRFShampoo(model, batch_size=count)
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    model(x, y).sum().backward()
+    optimizer.step()
+    ((first, second),) = seen
+    assert first is x
+    assert second is y
+    assert optimizer.batch_size == 6
+
+
+def test_keyword_inputs_are_found() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    model(input=torch.randn(7, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.batch_size == 7
+
+
+@pytest.mark.parametrize("wrong", [2.0, None, True, -1, "4"])
+def test_callable_must_return_a_count(wrong: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model, batch_size=lambda inputs: wrong)
+    with pytest.raises(ValueError, match="Argument 'batch_size' must return"):
+        model(torch.randn(4, 3))
+    assert optimizer.batch_size == 0
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_step_without_a_count_is_an_error_that_changes_nothing(
+    steps_before: int,
+) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    for _ in range(steps_before):
+        train_on(model, torch.randn(4, 3))
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="pass 'batch_size' as an integer"):
+        optimizer.step()
+    assert optimizer.global_step == steps_before
+    assert all(
+        torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)
+    )
+
+
+def test_integer_installs_no_hook_and_an_optimizer_takes_its_hook_along() -> None:
+    model = nn.Linear(3, 2)
+    SIRFShampoo(model, batch_size=3)
+    assert not model._forward_pre_hooks
+    optimizer = SIRFShampoo(model)
+    assert len(model._forward_pre_hooks) == 1
+    for _ in range(3):
+        optimizer = SIRFShampoo(model)
+    assert len(model._forward_pre_hooks) == 1
+    del optimizer
+    assert not model._forward_pre_hooks

@@ -1,0 +1,246 @@
+"""The documented surface, and the door: what is wrong is refused, unchanged."""
+
+import inspect
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sirfshampoo
+from sirfshampoo import PerParameter, SIRFShampoo
+from sirfshampoo.optimizer import DEFAULT_COMBINE_PARAMS, get_batch_size
+
+DOCUMENTED = {
+    "params": None,
+    "lr": 0.001,
+    "beta2": 0.01,
+    "alpha1": 0.9,
+    "alpha2": 0.5,
+    "lam": 0.001,
+    "kappa": 0.0,
+    "batch_size": get_batch_size,
+    "T": 1,
+    "structures": "dense",
+    "preconditioner_dtypes": None,
+    "combine_params": DEFAULT_COMBINE_PARAMS,
+    "verbose_init": False,
+}
+GROUP_KEYS = ["params", *list(DOCUMENTED)[1:7], *list(DOCUMENTED)[8:12]]
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.Conv1d(2, 2, 2))
+
+
+def snapshot(optimizer: SIRFShampoo) -> Any:
+    return deepcopy((optimizer.state_dict(), len(optimizer.param_groups)))
+
+
+def test_constructor_has_the_documented_arguments_in_order() -> None:
+    parameters = inspect.signature(SIRFShampoo).parameters
+    assert list(parameters) == ["model", *DOCUMENTED]
+    assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
+
+
+def test_public_names() -> None:
+    assert sorted(sirfshampoo.__all__) == [
+        "FlattenEmbedding",
+        "LinearWeightBias",
+        "PerParameter",
+        "PreconditionerGroup",
+        "SIRFShampoo",
+    ]
+    assert len(DEFAULT_COMBINE_PARAMS) == 1
+    assert type(DEFAULT_COMBINE_PARAMS[0]) is PerParameter
+    assert set(SIRFShampoo.SUPPORTED_STRUCTURES) == {
+        "dense",
+        "diagonal",
+        "block30diagonal",
+        "hierarchical15_15",
+        "triltoeplitz",
+        "triutoeplitz",
+    }
+
+
+def test_groups_have_the_documented_keys_and_tuples() -> None:
+    structures = {1: "dense", 2: ("dense", "diagonal"), 3: "diagonal"}
+    dtypes = {1: torch.bfloat16, 2: (torch.float32, torch.float16), 3: None}
+    net = nn.Sequential(nn.Linear(3, 2), nn.Conv1d(2, 2, 3))
+    optimizer = SIRFShampoo(net, structures=structures, preconditioner_dtypes=dtypes)
+    assert all(list(group) == GROUP_KEYS for group in optimizer.param_groups)
+    assert [group["structures"] for group in optimizer.param_groups] == [
+        ("dense", "diagonal"),
+        ("dense",),
+        ("diagonal",) * 3,
+        ("dense",),
+    ]
+    assert [group["preconditioner_dtypes"] for group in optimizer.param_groups] == [
+        (torch.float32, torch.float16),
+        (torch.bfloat16,),
+        (torch.float32,) * 3,
+        (torch.bfloat16,),
+    ]
+    for factors, group in zip(
+        optimizer.preconditioner, optimizer.param_groups, strict=True
+    ):
+        for K, name, dtype in zip(
+            factors, group["structures"], group["preconditioner_dtypes"], strict=True
+        ):
+            assert type(K) is SIRFShampoo.SUPPORTED_STRUCTURES[name]
+            assert all(tensor.dtype == dtype for _, tensor in K.named_tensors())
+            assert torch.equal(K.to_dense().float(), torch.eye(K.dim))
+
+
+NUMBERS = ["lr", "beta2", "alpha1", "alpha2", "lam", "kappa"]
+BAD_NUMBERS = [-1e-3, -1, float("nan"), float("inf"), "0.1", None, True, 1j, [0.1]]
+BAD_OPTIONS: list[tuple[str, Any]] = [
+    *((name, value) for name in NUMBERS for value in BAD_NUMBERS),
+    *((name, torch.tensor(-1.0)) for name in NUMBERS),
+    *((name, torch.ones(2)) for name in NUMBERS),
+    ("alpha1", 1.0),
+    ("alpha2", 1),
+    *(("T", value) for value in (0, -1, 1.5, True, None, "1", float("nan"))),
+    *(
+        ("structures", value)
+        for value in (
+            "sparse",
+            "Dense",
+            None,
+            3,
+            ("dense",),
+            {2: "dense"},
+            {1: "dense", 2: "sparse"},
+            {1: "dense", 2: ("dense",), 3: "dense"},
+            {1: "dense", 2: ("dense", None), 3: "dense"},
+            {1: "dense", 2: "dense", 3: "dense", 7: "sparse"},
+            {1: "dense", 2: "dense", "3": "dense"},
+            {},
+        )
+    ),
+    *(
+        ("preconditioner_dtypes", value)
+        for value in (
+            torch.int32,
+            torch.complex64,
+            torch.float8_e4m3fn,
+            "float32",
+            float,
+            (torch.float32,),
+            {1: torch.float32},
+            {1: None, 2: (None,)},
+            {1: None, 2: torch.int8},
+            {0: None, 1: None, 2: None},
+        )
+    ),
+    *(
+        ("combine_params", value)
+        for value in (None, (), PerParameter(), (PerParameter,), ("PerParameter",))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS)
+def test_bad_option_is_refused_everywhere(name: str, value: Any) -> None:
+    net = model()
+    hooks = len(net._forward_pre_hooks)
+    with pytest.raises(ValueError, match=f"Argument '{name}'"):
+        SIRFShampoo(net, **{name: value})
+    with pytest.raises(ValueError, match=f"Argument '{name}'"):
+        SIRFShampoo(net, params=[{"params": list(net.parameters()), name: value}])
+    assert len(net._forward_pre_hooks) == hooks
+
+    optimizer = SIRFShampoo(net, params=list(net[0].parameters()))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"Argument '{name}'"):
+        optimizer.add_param_group({"params": list(net[1].parameters()), name: value})
+    assert str(snapshot(optimizer)) == str(before)
+    assert set(optimizer.state) == set(net[0].parameters())
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", -0.1), ("T", 0), ("lam", "x")])
+def test_message_names_argument_rule_and_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        SIRFShampoo(model(), **{name: value})
+    message = str(caught.value)
+    assert f"'{name}'" in message
+    assert "must be" in message
+    assert repr(value) in message
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "32"])
+def test_bad_batch_size_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="Argument 'batch_size'"):
+        SIRFShampoo(model(), batch_size=value)
+
+
+@pytest.mark.parametrize("value", [None, 3, nn.Linear])
+def test_bad_model_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="Argument 'model'"):
+        SIRFShampoo(value)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "momentum", "betas", "eps"])
+def test_option_of_another_optimizer_is_refused_not_ignored(name: str) -> None:
+    net = model()
+    with pytest.raises(ValueError, match=f"'{name}' is not an option"):
+        SIRFShampoo(net, params=[{"params": list(net.parameters()), name: 0.1}])
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_edge_values_are_accepted(name: str) -> None:
+    for value in (0, 0.0, 0.5, np.float64(0.5), np.float32(0.5), torch.tensor(0.5)):
+        net = model()
+        optimizer = SIRFShampoo(net, batch_size=3, **{name: value})
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_rewritten_group_can_be_given_again() -> None:
+    net = model()
+    first = SIRFShampoo(net, structures={1: "diagonal", 2: "dense", 3: "diagonal"})
+    second = SIRFShampoo(net, params=first.param_groups)
+    for old, new in zip(first.param_groups, second.param_groups, strict=True):
+        assert {**old, "params": None} == {**new, "params": None}
+
+
+def test_the_users_dictionaries_stay_as_they_are() -> None:
+    net = model()
+    group = {"params": list(net.parameters()), "lr": 0.1}
+    SIRFShampoo(net, params=[group])
+    assert set(group) == {"params", "lr"}
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_parameter_of_unsupported_type_is_refused_by_name(dtype: torch.dtype) -> None:
+    net = nn.Module()
+    net.odd = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=True)
+    with pytest.raises(ValueError, match=r"Argument 'params' .*'odd'"):
+        SIRFShampoo(net)
+
+
+def test_duplicates_and_empty_lists_are_refused() -> None:
+    net = model()
+    p = net[0].weight
+    with pytest.raises(ValueError, match="duplicates"):
+        SIRFShampoo(net, params=[p, p])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        SIRFShampoo(net, params=[])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        SIRFShampoo(net, params=[{"params": [p]}, {"params": [p]}])
+
+
+def test_verbose_init_tells_groups_and_factors(capsys: Any) -> None:
+    SIRFShampoo(model(), structures={1: "diagonal", 2: "dense", 3: "dense"})
+    assert capsys.readouterr().out == ""
+    SIRFShampoo(
+        model(), structures={1: "diagonal", 2: "dense", 3: "dense"}, verbose_init=True
+    )
+    out = capsys.readouterr().out
+    assert "4 pre-conditioners" in out
+    assert "'0.weight': 2x2 dense torch.float32 (x) 3x3 dense torch.float32" in out
+    assert "'1.bias': 2x2 diagonal torch.float32, by PerParameter, 2 numbers" in out

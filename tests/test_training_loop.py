@@ -1,0 +1,282 @@
+"""What happens around a step: gradients missing, late or wrong; other modes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from cases import FAST, STRUCTURES
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 2))
+
+
+def draw_gradients(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def numbers(optimizer: SIRFShampoo, p: Tensor, *without: str) -> list[Tensor]:
+    state = optimizer.state[p]
+    kept = [state[key] for key in sorted(state) if key not in ("step", *without)]
+    return [t.clone() for t in (p.detach(), *kept)]
+
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+def test_a_closure_is_refused_before_anything_happens() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3)
+    draw_gradients(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(NotImplementedError, match="closure"):
+        optimizer.step(lambda: 1.0)
+    assert all_equal([p.detach() for p in net.parameters()], before)
+    assert optimizer.global_step == 0
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_parameters_without_gradient_rest_and_join_late(T: int) -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3, T=T, **FAST)
+    late = net[2].weight
+    for _ in range(3):
+        draw_gradients(net)
+        late.grad = None
+        before = numbers(optimizer, late)
+        optimizer.step()
+        assert all_equal(numbers(optimizer, late), before)
+    assert optimizer.state[late]["step"] == optimizer.global_step == 3
+    draw_gradients(net)
+    optimizer.step()
+    assert not torch.equal(late, before[0])
+    for p in net.parameters():  # frozen later
+        p.requires_grad_(False).grad = None
+    before = [n for p in net.parameters() for n in numbers(optimizer, p)]
+    optimizer.step()
+    assert all_equal(
+        [n for p in net.parameters() for n in numbers(optimizer, p)], before
+    )
+
+
+def test_a_step_without_any_gradient_needs_no_batch_size() -> None:
+    optimizer = SIRFShampoo(model())
+    optimizer.step()
+    assert optimizer.global_step == 1
+
+
+def test_sparse_gradient_is_an_error_that_says_so() -> None:
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = SIRFShampoo(net)
+    net(torch.tensor([1, 2])).sum().backward()
+    before = [n for p in net.parameters() for n in numbers(optimizer, p)]
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*sparse=False"):
+        optimizer.step()
+    assert all_equal(
+        [n for p in net.parameters() for n in numbers(optimizer, p)], before
+    )
+    assert optimizer.global_step == 0
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"alpha1": 0.0, "alpha2": 0.0, "kappa": 0.1}])
+def test_non_finite_gradient_makes_its_unit_rest(
+    structure: str, poison: float, T: int, options: dict[str, Any]
+) -> None:
+    net = model()
+    settings = {**FAST, **options}
+    optimizer = SIRFShampoo(net, batch_size=3, structures=structure, T=T, **settings)
+    sick, healthy = net[2].weight, net[0].weight
+    for step in range(5):
+        draw_gradients(net)
+        poisoned = step in (2, 3)  # with T = 2: an update is due, and not
+        if poisoned:
+            sick.grad[1, 2] = poison
+        before = numbers(optimizer, sick, "skipped"), numbers(optimizer, healthy)
+        optimizer.step()
+        assert all_equal(numbers(optimizer, sick, "skipped"), before[0]) == poisoned
+        assert not torch.equal(healthy, before[1][0])
+        assert all(t.isfinite().all() for t in numbers(optimizer, sick))
+    assert optimizer.state[sick]["skipped"] == 2
+    assert optimizer.state[healthy]["skipped"] == 0
+
+
+def test_add_param_group_later_trains_with_its_own_options() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, params=list(net[0].parameters()), batch_size=3)
+    draw_gradients(net)
+    optimizer.step()
+    kept = numbers(optimizer, net[0].weight)
+    optimizer.add_param_group(
+        {
+            "params": net[2].parameters(),
+            "lr": 0.5,
+            "structures": "diagonal",
+            "combine_params": (LinearWeightBias(), PerParameter()),
+        }
+    )
+    assert all_equal(numbers(optimizer, net[0].weight), kept)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.001, 0.001, 0.5]
+    assert [K.dim for K in optimizer.preconditioner[2]] == [5, 6]
+    assert optimizer.state[net[2].weight]["step"] == 1
+    before = [p.detach().clone() for p in net[2].parameters()]
+    optimizer.step()
+    after = [p.detach() for p in net[2].parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [net[0].weight]})
+    with pytest.raises(ValueError, match="'params'"):
+        optimizer.add_param_group({"lr": 0.1})
+    assert len(optimizer.param_groups) == 3
+
+
+def test_momentum_switched_on_later_is_allocated_and_used() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3, alpha1=0.0, alpha2=0.0, beta2=0.2)
+    draw_gradients(net)
+    optimizer.step()
+    factor = optimizer.preconditioner[0][0].to_dense()
+    for group in optimizer.param_groups:
+        group["alpha1"], group["alpha2"] = 0.9, 0.5
+    optimizer.step()
+    assert not torch.equal(optimizer.preconditioner[0][0].to_dense(), factor)
+    assert optimizer.state[net[0].weight]["momentum_buffer"].abs().sum() > 0
+    assert optimizer.preconditioner_momenta[0][0].norm() > 0
+
+
+class Countdown:
+    """A callable T with a state of its own."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, step: int) -> bool:
+        self.calls.append(step)
+        return len(self.calls) % 2 == 1
+
+
+def test_each_group_has_its_own_copy_of_a_callable_interval() -> None:
+    net, T = model(), Countdown()
+    optimizer = SIRFShampoo(net, batch_size=3, T=T, **FAST)
+    other = model()
+    other.load_state_dict(net.state_dict())
+    by_number = SIRFShampoo(other, batch_size=3, T=2, **FAST)
+    for _ in range(5):
+        draw_gradients(net)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        by_number.step()
+    assert T.calls == []
+    for group in optimizer.param_groups:
+        assert group["T"] is not T
+        assert group["T"].calls == [0, 1, 2, 3, 4]
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_copy_steps_its_own_parameters() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, **FAST)
+    LambdaLR(optimizer, lambda step: 1.0)  # patches `step` on the instance
+    x = torch.randn(3, 4)
+
+    def train(net: nn.Module, optimizer: SIRFShampoo) -> Tensor:
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    train(net, optimizer)
+    net_copy, optimizer_copy = deepcopy((net, optimizer))
+    kept = [p.detach().clone() for p in net.parameters()]
+    losses = [train(net_copy, optimizer_copy) for _ in range(3)]
+    assert all_equal([p.detach() for p in net.parameters()], kept)
+    assert optimizer.global_step == 1
+    assert [train(net, optimizer) for _ in range(3)] == losses
+
+
+@contextmanager
+def low_precision() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_low_precision_modes_around_a_step_do_not_reach_the_factors() -> None:
+    results = []
+    for mode in (torch.no_grad, low_precision):
+        torch.manual_seed(1)
+        net = nn.Linear(64, 64)
+        optimizer = SIRFShampoo(net, batch_size=3, beta2=0.5)
+        for _ in range(3):
+            draw_gradients(net)
+            with mode():
+                optimizer.step()
+        results.append(numbers(optimizer, net.weight))
+    assert all_equal(*results)
+
+
+def test_zero_size_parameters_are_carried_along() -> None:
+    net = nn.Module()
+    net.empty = nn.Parameter(torch.zeros(0, 3))
+    net.full = nn.Parameter(torch.ones(2, 3))
+    optimizer = SIRFShampoo(net, batch_size=3)
+    draw_gradients(net)
+    optimizer.step()
+    assert net.full.ne(1).all()
+    optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+
+
+def test_learning_rate_set_by_hand_or_zero_counts_at_once() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3, **{**FAST, "lr": 0.0})
+    draw_gradients(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    assert all_equal([p.detach() for p in net.parameters()], before)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.1)
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before[0])
+
+
+def test_constructing_for_2400_parameters_is_fast() -> None:
+    net = nn.ModuleList(nn.Linear(8, 8) for _ in range(1200))
+    times = []
+    for _ in range(3):
+        start = perf_counter()
+        optimizer = SIRFShampoo(net)
+        times.append(perf_counter() - start)
+        del optimizer
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_sums_of_half_precision_updates_do_not_look_infinite(
+    dtype: torch.dtype,
+) -> None:
+    net = nn.Linear(64, 64, dtype=dtype)
+    optimizer = SIRFShampoo(net, batch_size=3, T=2, beta2=0.0, lr=1e-6)
+    net.weight.grad = torch.full_like(net.weight, 100.0)  # they sum up to 409,600
+    net.bias.grad = torch.zeros_like(net.bias)
+    optimizer.step()
+    assert optimizer.state[net.weight]["skipped"] == 0
+    assert optimizer.state[net.weight]["momentum_buffer"].eq(100.0).all()
