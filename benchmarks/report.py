@@ -1,0 +1,130 @@
+"""Writes the measured tables into the README: `python -m benchmarks.report`."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results, tables
+from benchmarks.environment import ROOT
+
+TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
+    "step": tables.step,
+    "official": tables.official,
+    "machine": tables.machine,
+}
+"""What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
+
+A second word names another result file: `<!-- table: step mlp100 -->`.
+"""
+
+MARKER = re.compile(
+    r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w.-]+))? -->\n)"
+    r".*?(?P<close><!-- end -->)",
+    re.DOTALL,
+)
+DEFAULT_NAME = "gpt256"
+
+
+def render(text: str, folder: Path) -> tuple[str, int]:
+    """Fill every marked place of a text with its table.
+
+    Args:
+        text: Markdown with markers.
+        folder: Where the result files are.
+
+    Returns:
+        The new text, and how many places it has.
+
+    Raises:
+        ValueError: If a marker names a table that does not exist.
+        FileNotFoundError: If a marker names a result that does not exist.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match["table"] not in TABLES:
+            raise ValueError(
+                f"The README asks for table {match['table']!r}; "
+                f"there are {', '.join(TABLES)}."
+            )
+        path = folder / f"{match['name'] or DEFAULT_NAME}.json"
+        grid = TABLES[match["table"]](results.load(path))
+        return f"{match['open']}{grid.markdown()}\n{match['close']}"
+
+    return MARKER.subn(fill, text)
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Draw the ratios to AdamW as horizontal bars, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in results.rows(result) if row.ms and not row.error]
+    ratios = [row.ratio() for row in measured]
+    names = [
+        ("official: " if row.package == "official" else "") + tables.configuration(row)
+        for row in measured
+    ]
+    colors = {"torch": "tab:gray", "ours": "tab:blue", "official": "tab:orange"}
+    middle = [r.median for r in ratios]
+    errors = [
+        [r.median - r.low for r in ratios],
+        [r.high - r.median for r in ratios],
+    ]
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)))
+    bars = axes.barh(
+        names,
+        middle,
+        xerr=errors,
+        color=[colors[row.package] for row in measured],
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )
+    axes.bar_label(bars, labels=[f"{m:.3g}" for m in middle], padding=4)
+    axes.set_xscale("log")
+    axes.set_xlim(0.7, 2 * max(middle))
+    axes.set_xlabel("time of one step, in AdamW(foreach=True) steps of the same round")
+    axes.set_title(f"{result['workload']}, {result['environment']['cpu']}")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the README, or with `--check` say whether that would change it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=main.__doc__
+    )
+    add = parser.add_argument
+    add("--check", action="store_true", help="change nothing; 1 if something would")
+    add("--readme", type=Path, default=ROOT / "README.md", help="the text to fill")
+    add("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
+    args = parser.parse_args(argv)
+
+    old = args.readme.read_text(encoding="utf-8")
+    try:
+        new, places = render(old, args.results)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{args.readme.name}: {error}")
+        return 1
+    if not places:
+        print(f"{args.readme.name} has no marker such as <!-- table: step -->.")
+        return 1
+    if args.check:
+        print(f"{args.readme.name} {'agrees with' if new == old else 'is not'} results")
+        return int(new != old)
+    args.readme.write_text(new, encoding="utf-8")
+    print(
+        f"{args.readme.name}: {places} tables, {'changed' if new != old else 'same'}."
+    )
+    for path in sorted(args.results.glob("*.json")):
+        picture(results.load(path), path.with_suffix(".png"))
+        print(f"Drew {path.with_suffix('.png').name}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

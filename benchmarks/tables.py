@@ -1,0 +1,182 @@
+"""The tables drawn from a measurement, for the screen and for the README."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import AGAINST_OFFICIAL, LIMITS, LIMITS_HOLD_ON
+from benchmarks.results import Row, Spread, pairs, rows
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text, with what has to be known to read it."""
+
+    header: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """Return the table in Markdown; the first column is the only one of words."""
+        align = (":--", *["--:"] * (len(self.header) - 1))
+        table = [f"| {' | '.join(cells)} |" for cells in (self.header, align)]
+        table += [f"| {' | '.join(cells)} |" for cells in self.lines]
+        return "\n".join([*table, "", *self.notes])
+
+    def rich(self, title: str) -> Table:
+        """Return the table for the screen."""
+        table = Table(title=title, caption="\n".join(self.notes))
+        for i, name in enumerate(self.header):
+            table.add_column(name, justify="right" if i else "left")
+        for cells in self.lines:
+            table.add_row(*cells)
+        return table
+
+
+def configuration(row: Row) -> str:
+    """Name what was measured, in words."""
+    if row.dtype is None:
+        return row.title
+    return f"{row.title}, {row.dtype}" + (f", T = {row.T}" if row.T != 1 else "")
+
+
+def step(result: dict[str, Any], limits: bool = False) -> Grid:
+    """Tell the time and memory of every contestant but the official package.
+
+    Args:
+        result: A measurement.
+        limits: Whether to add the fastest step, and the limits that apply.
+
+    Returns:
+        One line for each contestant.
+    """
+    header: tuple[str, ...] = ("configuration", "ms per step", "× AdamW step", "state")
+    lines: list[tuple[str, ...]] = []
+    for row in rows(result):
+        if row.package == "official":
+            continue
+        cells: tuple[str, ...]
+        if row.error or not row.ms:
+            cells = (configuration(row), f"failed: {row.error}", "", "")
+        else:
+            time = f"{row.time().median:.2f}"
+            state = _bytes(row.bytes or 0)
+            cells = (configuration(row), time, _spread(row.ratio()), state)
+        if limits:
+            fastest = f"{row.time().min:.2f}" if row.ms else ""
+            wanted = _verdict(row) if result["workload"] == LIMITS_HOLD_ON else ""
+            cells += (fastest, wanted)
+        lines.append(cells)
+    if limits:
+        header += ("fastest ms", "limit")
+    return Grid(header, lines, [environment_line(result)])
+
+
+def official(result: dict[str, Any]) -> Grid:
+    """Compare dense steps with those of the official package."""
+    header = ("all dense", "ms per step", "official: ms per step", "times faster")
+    lines: list[tuple[str, ...]] = [
+        (
+            f"{ours.dtype}, T = {ours.T}",
+            f"{ours.time().median:.1f}",
+            f"{theirs.time().median:.1f}",
+            _spread(ours.times_faster_than(theirs)),
+        )
+        for ours, theirs in pairs(result)
+    ]
+    return Grid(header, lines, _official_notes(result))
+
+
+def _official_notes(result: dict[str, Any]) -> list[str]:
+    """Say what was compared, how far results agree, and constructor times."""
+    if not isinstance(result["official"], dict):
+        return [f"Official package: {result['official'] or 'not measured'}."]
+    versions = ", ".join(f"{k} {v}" for k, v in result["official"].items())
+    notes = [f"Official package: {versions}, in its own process, in the same run."]
+    for found in result["agreement"]:
+        if found["error"]:
+            notes.append(f"Agreement at T = {found['T']}: failed, {found['error']}.")
+        if "moves" not in found:
+            continue
+        notes.append(
+            f"Largest relative difference after {found['steps']} steps in float32 at "
+            f"T = {found['T']}: {found['moves']:.1e} in how far a parameter moved, "
+            f"{found['factors']:.1e} in a factor."
+        )
+    construction = result["construction"]
+    seconds = ", ".join(
+        f"{Spread.of(times).median:.2f} s ({'here' if name == 'ours' else name})"
+        for name, times in construction["seconds"].items()
+    )
+    notes.append(
+        f"Constructing the optimizer for {construction['parameters']:,} parameters: "
+        f"{seconds}."
+    )
+    return notes
+
+
+def environment_line(result: dict[str, Any]) -> str:
+    """Say in one line where, when and on what the measurement was taken."""
+    env = result["environment"]
+    rounds = len(result["contestants"][0]["rounds"])
+    commit = f" at commit {env['commit']}" if env["commit"] else ""
+    return (
+        f"Measured {env['date']}{commit} on {env['cpu']}, {env['threads']} threads, "
+        f"torch {env['torch']}, Python {env['python']}. Workload {result['workload']}: "
+        f"{result['parameters']} parameters, {result['numbers']:,} numbers in float32; "
+        "the type named is that of the factors. T = 1 unless said; else the mean over "
+        f"whole periods. Medians over {rounds} rounds (quartiles), AdamW timed in the "
+        "same round. State: all that the optimizer keeps between steps."
+    )
+
+
+def machine(result: dict[str, Any]) -> Grid:
+    """Tell the machine's own rates, measured between the rounds."""
+    rates = result["machine"].items()
+    lines: list[tuple[str, ...]] = [(name, _spread(Spread.of(v))) for name, v in rates]
+    return Grid(("the machine itself", "rate"), lines, [])
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print all tables."""
+    console.print(step(result, limits=True).rich("One step"))
+    grid = official(result)
+    if grid.lines and result["workload"] == LIMITS_HOLD_ON:
+        verdicts = [_faster_verdict(*pair) for pair in pairs(result)]
+        lines = [(*x, y) for x, y in zip(grid.lines, verdicts, strict=True)]
+        grid = Grid((*grid.header, "wanted"), lines, grid.notes)
+    console.print(grid.rich("Beside the official package"))
+    console.print(machine(result).rich("Rates"))
+    for row in rows(result):
+        if row.error:
+            console.print(f"{row.package} {configuration(row)}: {row.error}")
+
+
+def _spread(spread: Spread) -> str:
+    """Format a median with its quartiles."""
+    digits = 2 if spread.median < 100 else 0
+    low, high = f"{spread.low:.{digits}f}", f"{spread.high:.{digits}f}"
+    return f"{spread.median:.{digits}f} ({low} to {high})"
+
+
+def _bytes(count: int) -> str:
+    """Format a number of bytes."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def _verdict(row: Row) -> str:
+    """Say which limit applies and whether it is met."""
+    limit = LIMITS.get(row.title)
+    if limit is None or row.dtype != "float32" or row.error:
+        return ""
+    met = row.ratio().median <= limit
+    return f"≤ {limit:g} {'met' if met else 'MISSED'}"
+
+
+def _faster_verdict(ours: Row, theirs: Row) -> str:
+    """Say how much faster the step should be and whether it is."""
+    wanted = AGAINST_OFFICIAL[ours.T or 1]
+    met = ours.times_faster_than(theirs).median >= wanted
+    return f"≥ {wanted:g} {'met' if met else 'MISSED'}"
