@@ -11,6 +11,7 @@ from torch import Tensor
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
     Preconditioner,
+    Workspace,
     descend,
     precondition,
     unless_all,
@@ -175,7 +176,9 @@ class Stack:
                     yield slice(start, stop), current
                 start = stop
 
-    def take_step(self, rows: slice, settings: Settings, batch_size: int) -> None:
+    def take_step(
+        self, rows: slice, settings: Settings, batch_size: int, workspace: Workspace
+    ) -> None:
         """Update factors (if due), momenta and parameters of a run of rows."""
         units = self.units[rows]
         lr, beta2, alpha1, alpha2, lam, kappa, due, interval = settings
@@ -191,6 +194,7 @@ class Stack:
                 beta2=beta2,
                 alpha2=alpha2,
                 lam=lam,
+                workspace=workspace,
             )
             self._outdated.update(range(rows.start, rows.stop))
         U = precondition(self._preconditioners(rows, interval), G)
@@ -233,13 +237,16 @@ class Stack:
 
         if interval == 1:
             return prepare(rows)
-        if self._kept is None:
-            self._kept = prepare(slice(0, len(self.units)))
-            self._outdated.clear()
-        elif not self._outdated.isdisjoint(range(rows.start, rows.stop)):
-            for kept, fresh in zip(self._kept, prepare(rows), strict=True):
-                kept[rows].copy_(fresh)
-            self._outdated.difference_update(range(rows.start, rows.stop))
+        covered, everything = set(range(rows.start, rows.stop)), len(self.units)
+        if self._kept is None or self._outdated & covered:
+            if self._kept is None or len(covered) == everything:
+                self._kept = None  # its memory is free before the next is made
+                self._kept = prepare(slice(0, everything))
+                self._outdated.clear()
+            else:
+                for kept, fresh in zip(self._kept, prepare(rows), strict=True):
+                    kept[rows].copy_(fresh)
+                self._outdated -= covered
         return [kept[rows] for kept in self._kept]
 
     def _squaring_pays(self, K_n: StructuredMatrix, interval: int) -> bool:

@@ -54,6 +54,36 @@ def _number(values: Tensor) -> float | Tensor:
     return values.item() if single else values
 
 
+class Workspace:
+    """Memory for large temporaries that is kept from step to step.
+
+    On a CPU, the system takes it back after each use and hands it out anew page by
+    page, which costs as much as a good part of a matrix product. Elsewhere torch keeps
+    it, and there is none here.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def like(self, K: StructuredMatrix, slot: int) -> StructuredMatrix | None:
+        """Return a matrix like K with any numbers; it is valid until the next one.
+
+        Args:
+            K: The matrix.
+            slot: What lies in different slots does not overlap.
+        """
+        if K.device.type != "cpu":
+            return None
+        sizes = [t.numel() for t in K.tensors()]
+        buffer = self._buffers.get((K.dtype, slot))
+        if buffer is None or buffer.numel() < sum(sizes):
+            buffer = torch.empty(sum(sizes), dtype=K.dtype)
+            self._buffers[K.dtype, slot] = buffer
+        parts = buffer[: sum(sizes)].split(sizes)
+        pairs = zip(parts, K.tensors(), strict=True)
+        return type(K)(*(part.view(t.shape) for part, t in pairs))
+
+
 def update_factors(
     K: Sequence[StructuredMatrix],
     m: Sequence[StructuredMatrix] | None,
@@ -63,6 +93,7 @@ def update_factors(
     beta2: float,
     alpha2: float,
     lam: float,
+    workspace: Workspace,
 ) -> Tensor | None:
     """Update the Kronecker factors K and their Riemannian momenta m in place.
 
@@ -74,37 +105,32 @@ def update_factors(
         beta2: Learning rate of the factors.
         alpha2: Riemannian momentum.
         lam: Damping.
+        workspace: Memory for what is needed within the call.
 
     Returns:
         A mask ``[rows]`` that is False where a non-finite gradient, or an overflow,
         left the factors and momenta of a row as they were; None if there is none.
     """
     dims = G.shape[1:]
-    # A = √B · G ×_1 K_1ᵀ … ×_N K_Nᵀ, with K_n/√d_n in place of K_n so that half
-    # precision stays in range; the missing factors return as averages below
-    A = G
-    for n, K_n in enumerate(K):
-        scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
-        X = K_n.rmatmat(_mat(A.to(K_n.dtype), n), scale=scale)
-        A = _fold(X, n, dims)
-    # Π_n(K_nᵀ K_n) / d_n, and from its diagonal ‖K_n‖_F² / d_n
-    grams = [K_n.gram(scale=1 / K_n.dim) for K_n in K] if lam else []
-    traces = [gram.mean_diagonal() * gram.dim for gram in grams]
+    A = _whitened(K, G, batch_size)
+    # ‖K_n‖_F² / d_n
+    traces = [K_n.norm().square() / max(K_n.dim, 1) for K_n in K] if lam else []
 
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
     s = []
     for n, K_n in enumerate(K):
-        X = _mat(A.to(K_n.dtype), n)
-        s_n = K_n.project_gram(X, scale=dims[n] / 2)
+        X, scale = _mat(A.to(K_n.dtype), n), dims[n] / 2
         if lam:
             others = [trace for k, trace in enumerate(traces) if k != n]
-            product = reduce(torch.mul, others, torch.ones_like(traces[n]))
-            damping = _number(product * (lam / 2 * dims[n]))
-            s_n.add_(grams[n], damping)
+            damping = lam / 2 * reduce(torch.mul, others, torch.ones_like(traces[n]))
+            s_n = K_n.damped_gram(
+                X, scale=scale, damping=_number(damping), out=workspace.like(K_n, n)
+            )
+        else:
+            s_n = K_n.project_gram(X, scale=scale)
         s.append(s_n.shift_(-0.5))
 
-    # a number that is not finite makes the sum so
-    finite = unless_all(torch.stack([s_n.total() for s_n in s]).isfinite().all(0))
+    finite = unless_all(torch.stack([s_n.is_finite() for s_n in s]).all(0))
     for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
         # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
         weight: float | Tensor = 1 - alpha2
@@ -113,13 +139,27 @@ def update_factors(
             weight = finite.to(accumulation_dtype(s_n.dtype)) * weight
         m_n = s_n if m is None else m[n].lerp_(s_n, weight)
         # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
-        rate = m_n.norm().clamp_(min=1.0).reciprocal_()
-        rate_n = _number(rate if finite is None else rate * finite)
-        if isinstance(rate_n, Tensor):
-            K_n.add_(K_n.matmul(m_n.scale(rate_n)), alpha=-beta2)
-        else:
-            K_n.add_(K_n.matmul(m_n, scale=rate_n), alpha=-beta2)
+        rate = m_n.norm().clamp_(min=1.0).reciprocal_().mul_(-beta2)
+        K_n.add_product_(
+            m_n,
+            _number(rate if finite is None else rate * finite),
+            scratch=None if m is None else s_n,
+        )
     return finite
+
+
+def _whitened(K: Sequence[StructuredMatrix], G: Tensor, batch_size: int) -> Tensor:
+    """Return A = √B · G ×_1 K_1ᵀ ×_2 … ×_N K_Nᵀ, divided by √D.
+
+    K_n/√d_n stands in place of K_n so that half precision stays in range; the missing
+    factors return as averages.
+    """
+    dims, A = G.shape[1:], G
+    for n, K_n in enumerate(K):
+        scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
+        X = K_n.rmatmat(_mat(A.to(K_n.dtype), n), scale=scale)
+        A = _fold(X, n, dims)
+    return A
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sirfshampoo._config import check_batch_size, check_model, check_options
 from sirfshampoo._precision import full_precision
 from sirfshampoo._stack import Settings, Stack, stack_units
 from sirfshampoo._units import Unit, form_units
+from sirfshampoo._update import Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 
@@ -135,6 +136,7 @@ class SIRFShampoo(Optimizer):
         self._model = model
         self._units: list[Unit] = []
         self._stacks: list[Stack] | None = None
+        self._workspace = Workspace()
         # what rules find in the model; remembered while groups are being added
         self._identified: dict[int, list[list[Parameter]]] = {}
         super().__init__(params, defaults)
@@ -240,7 +242,7 @@ class SIRFShampoo(Optimizer):
         with full_precision({stack.skipped.device.type for stack in stacks}):
             for stack in stacks:
                 for rows, shared in stack.runs(settings):
-                    stack.take_step(rows, shared, batch_size)
+                    stack.take_step(rows, shared, batch_size, self._workspace)
                 stack.step.add_(1)
         self.global_step += 1
         self._batch_size.close()
@@ -363,4 +365,5 @@ class SIRFShampoo(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; stacks are rebuilt from the state."""
         # a patched `step` (by a scheduler, by profiling) is bound to this instance
-        return {k: v for k, v in vars(self).items() if k != "step"} | {"_stacks": None}
+        kept = {k: v for k, v in vars(self).items() if k != "step"}
+        return {**kept, "_stacks": None, "_workspace": Workspace()}

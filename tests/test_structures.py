@@ -316,31 +316,35 @@ def test_num_stored_counts_the_numbers_of_the_definition(name: str, d: int) -> N
 def test_reductions_agree_with_dense(name: str, d: int) -> None:
     for K, dtype in draw_all(name, d):
         M = dense(K)
-        assert K.norm().dtype == torch.promote_types(dtype, torch.float32)
-        accumulates = K.norm().dtype
-        assert_close(K.norm(), (M**2).sum((-2, -1)).sqrt(), accumulates)
+        accumulates = torch.promote_types(dtype, torch.float32)
+        assert K.norm().dtype == accumulates
+        # on a CPU, the norm of each row of bfloat16 numbers is rounded
+        rounding = dtype if dtype == torch.bfloat16 else accumulates
+        assert_close(K.norm(), (M**2).sum((-2, -1)).sqrt(), rounding)
         largest = M.abs().flatten(-2).amax(-1) if d else torch.zeros(K.batch_shape)
         assert torch.equal(K.max_abs().double(), largest.double())
-        stored = [t.double().flatten(len(K.batch_shape)) for t in K.tensors()]
-        total = sum(t.sum(-1) for t in stored)
-        absolute = sum(t.abs().sum(-1) for t in stored)
-        error = (K.total().double() - total).abs()
-        assert (error <= TOLERANCES[accumulates] * absolute).all()
-        trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)
-        scale = max(M.abs().max().item(), 1.0) if d else 1.0
-        error = (K.mean_diagonal().double() - trace / max(d, 1)).abs().max().item()
-        assert error <= TOLERANCES[accumulates] * scale
+        assert K.is_finite().all()
+
+
+@each_structure
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_gram_that_is_not_finite_is_seen(name: str, poison: float) -> None:
+    X = torch.randn(3, 61, 5)
+    X[1, 40, 2] = poison
+    cls = SUPPORTED_STRUCTURES[name]
+    sick = cls.project_gram(X)
+    assert sick.is_finite().tolist() == [True, False, True]
+    assert cls.eye(61, batch=(2,)).is_finite().all()
 
 
 @each_structure
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_norm_and_trace_of_half_precision_count_beyond_its_mantissa(
+def test_norm_of_half_precision_count_beyond_its_mantissa(
     name: str, dtype: torch.dtype
 ) -> None:
     # bfloat16 stops counting ones at 256, float16 overflows at 65504
     K = SUPPORTED_STRUCTURES[name].eye(3000, dtype=dtype)
     K.add_(K, 15.0)
-    assert K.mean_diagonal().item() == pytest.approx(16.0, rel=1e-6)
     assert K.norm().item() == pytest.approx(16.0 * 3000**0.5, rel=1e-6)
 
 
@@ -422,7 +426,7 @@ def operations(
         "matmul": lambda: K.matmul(L),
         "outer": K.outer,
         "norm": K.norm,
-        "mean_diagonal": K.mean_diagonal,
+        "is_finite": K.is_finite,
         "max_abs": K.max_abs,
         "add_": lambda: L.add_(K, 0.5),
         "zeros": lambda: type(K).zeros(K.dim),

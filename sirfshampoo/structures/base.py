@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -42,33 +42,49 @@ def product_like(A: Tensor, X: Tensor, scale: float = 1.0) -> Tensor:
     return product(A, X, scale)
 
 
-#: From how many rows and columns on half of X Xᵀ is left out, and how far the recursion
-#: goes. Measured on a CPU: at 1024 x 1024 it saves a third of the time in float32 and a
-#: fifth in bfloat16, below it loses in bfloat16. A GPU wants a kernel for this.
-_SYMMETRIC_FROM = 512
+#: How many rows of a large X Xᵀ are computed at a time, up to the diagonal block only,
+#: and from how many rows and columns on. Measured on a CPU: it saves a quarter at 1024
+#: columns, and loses in bfloat16 below. A GPU wants a kernel for this.
+_PANEL, _PANELS_FROM = 256, 512
 
 
 def symmetric_product(X: Tensor, scale: float = 1.0) -> Tensor:
-    """Return ``scale * X @ X.mT``; large ones compute one triangle of blocks only."""
-    single = X.ndim >= 2 and X.shape[:-2].numel() == 1 and X.device.type == "cpu"
-    if not single or min(X.shape[-2:]) < _SYMMETRIC_FROM:
-        return product(X, X.mT, scale)
-    rows = X.shape[-2]
-    S = X.new_empty(*X.shape[:-2], rows, rows)
-    _fill_symmetric(S.view(rows, rows), X.reshape(X.shape[-2:]), scale)
+    """Return ``scale * X @ X.mT``; of large ones, one triangle is computed."""
+    return sum_of_symmetric_products((X, scale))
+
+
+def sum_of_symmetric_products(
+    *terms: tuple[Tensor, float], out: Tensor | None = None
+) -> Tensor:
+    """Return the sum of ``scale * X @ X.mT`` over terms (X, scale) of equal rows."""
+    first, _ = terms[0]
+    *batch, d, _ = first.shape
+    number = prod(batch)
+    S = first.new_empty(*batch, d, d) if out is None else out
+    size = max(min(d, X.shape[-1]) for X, _ in terms)
+    if number == 1 and size >= _PANELS_FROM and S.device.type == "cpu":
+        _fill_symmetric(S.view(d, d), [(X.view(X.shape[-2:]), s) for X, s in terms])
+        return S
+    S3 = S.view(number, d, d)
+    for i, (X, scale) in enumerate(terms):
+        X3 = X.reshape(number, d, X.shape[-1])
+        if i > 0 and X.shape[-1] == 1:  # batched products of columns are slow
+            S3.addcmul_(X3, X3.mT, value=scale)
+        else:
+            S3.baddbmm_(X3, X3.mT, beta=0.0 if i == 0 else 1.0, alpha=scale)
     return S
 
 
-def _fill_symmetric(S: Tensor, X: Tensor, scale: float) -> None:
-    """Fill S, ``[d, d]``, with ``scale * X @ X.mT``, block by block."""
-    if len(X) < _SYMMETRIC_FROM:
-        S.addmm_(X, X.mT, beta=0.0, alpha=scale)
-        return
-    half = len(X) // 2
-    _fill_symmetric(S[:half, :half], X[:half], scale)
-    _fill_symmetric(S[half:, half:], X[half:], scale)
-    S[half:, :half].addmm_(X[half:], X[:half].mT, beta=0.0, alpha=scale)
-    S[:half, half:] = S[half:, :half].mT
+def _fill_symmetric(S: Tensor, terms: Sequence[tuple[Tensor, float]]) -> None:
+    """Fill S, ``[d, d]``, with the sum of symmetric products, panel by panel."""
+    panels = [slice(i, min(i + _PANEL, len(S))) for i in range(0, len(S), _PANEL)]
+    for rows in panels:
+        panel = S[rows, : rows.stop]
+        for i, (X, scale) in enumerate(terms):
+            beta = 0.0 if i == 0 else 1.0
+            panel.addmm_(X[rows], X[: rows.stop].mT, beta=beta, alpha=scale)
+    for rows in panels[1:]:
+        S[: rows.start, rows] = S[rows, : rows.start].mT
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -279,6 +295,35 @@ class StructuredMatrix(ABC):
             t.masked_fill_(per_matrix(where, t), 0.0)
         return self
 
+    # -------------------------------------------------- algebra that can be fused
+
+    def damped_gram(
+        self,
+        X: Tensor,
+        *,
+        scale: float,
+        damping: float | Tensor,
+        out: Self | None = None,
+    ) -> Self:
+        """Return ``scale`` · Π(X Xᵀ) + ``damping`` · Π(Kᵀ K).
+
+        A tensor ``damping`` has one value a matrix. The result may lie in `out`.
+        """
+        # Kᵀ K / d stays in the range of half precision
+        gram = self.gram(scale=1 / max(self.dim, 1))
+        return self.project_gram(X, scale=scale).add_(gram, damping * self.dim)
+
+    def add_product_(
+        self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
+    ) -> Self:
+        """Add ``alpha`` · K L in place; a tensor ``alpha`` has one value a matrix.
+
+        The numbers in `scratch` may be overwritten.
+        """
+        if isinstance(alpha, Tensor):
+            return self.add_(self.matmul(other.scale(alpha)))
+        return self.add_(self.matmul(other, scale=alpha))
+
     # --------------------------------------------------------------- reductions
 
     def norm(self) -> Tensor:
@@ -287,26 +332,23 @@ class StructuredMatrix(ABC):
         norms: list[Tensor] = []
         for t, times in zip(self.tensors(), self.multiplicity(), strict=True):
             entries = t if times is None else t.to(dtype) * times.to(dtype).sqrt()
-            axes = tuple(range(self.batch_ndim, t.ndim))
+            rows = t.ndim - self.batch_ndim > 1
+            if rows and t.dtype == torch.bfloat16 and t.device.type == "cpu":
+                # else it would be copied whole; within rows, torch sums in float32, too
+                entries = torch.linalg.vector_norm(entries, dim=-1)
+            axes = tuple(range(self.batch_ndim, entries.ndim))
             norms.append(torch.linalg.vector_norm(entries, dim=axes, dtype=dtype))
         if len(norms) == 1:
             return norms[0]
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return total
 
-    def total(self) -> Tensor:
-        """Return the sum of all stored numbers, ``[*batch]``."""
+    def is_finite(self) -> Tensor:
+        """Return whether all entries are finite, ``[*batch]``."""
         dtype = accumulation_dtype(self.dtype)
         flat = [t.flatten(self.batch_ndim) for t in self.tensors()]
-        return torch.stack([t.sum(-1, dtype=dtype) for t in flat]).sum(0)
-
-    def mean_diagonal(self) -> Tensor:
-        """Return Tr(K) / d, ``[*batch]`` (0 if d = 0)."""
-        dtype, batch_ndim = accumulation_dtype(self.dtype), self.batch_ndim
-        sums = [v.flatten(batch_ndim).sum(-1, dtype=dtype) for v in self.diagonals()]
-        counts = [v.shape[batch_ndim:].numel() for v in self.diagonals()]
-        # a stored number may stand for a whole diagonal: divide by what was summed
-        return torch.stack(sums).sum(0).div(max(sum(counts), 1))
+        # a number that is not finite makes the sum so
+        return torch.stack([t.sum(-1, dtype=dtype) for t in flat]).sum(0).isfinite()
 
     def max_abs(self) -> Tensor:
         """Return the largest magnitude among the entries, ``[*batch]`` (0 if d = 0)."""

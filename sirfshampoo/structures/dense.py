@@ -11,6 +11,7 @@ from sirfshampoo.structures.base import (
     StructuredMatrix,
     product,
     product_like,
+    sum_of_symmetric_products,
     symmetric_product,
 )
 
@@ -51,6 +52,34 @@ class DenseMatrix(StructuredMatrix):
 
     def outer(self) -> Self:
         return type(self)(symmetric_product(self.mat))
+
+    def damped_gram(
+        self,
+        X: Tensor,
+        *,
+        scale: float,
+        damping: float | Tensor,
+        out: Self | None = None,
+    ) -> Self:
+        if isinstance(damping, Tensor):
+            return super().damped_gram(X, scale=scale, damping=damping)
+        terms = (self.mat.mT, damping), (X, scale)
+        S = None if out is None else out.mat
+        return type(self)(sum_of_symmetric_products(*terms, out=S))
+
+    def add_product_(
+        self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
+    ) -> Self:
+        if self.mat.ndim != 3 or isinstance(alpha, Tensor):
+            return super().add_product_(other, alpha)
+        # with K in a second place, its product is added within the matrix product
+        K = self.mat.clone() if scratch is None else scratch.mat.copy_(self.mat)
+        self.mat.baddbmm_(K, other.mat, alpha=alpha)
+        return self
+
+    def is_finite(self) -> Tensor:
+        (diagonal,) = self.diagonals()
+        return diagonal.isfinite().all(-1)
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return (self.mat.diagonal(dim1=-2, dim2=-1),)
