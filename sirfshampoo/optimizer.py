@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from sirfshampoo._batch_size import BatchSizeCounter, get_batch_size
 from sirfshampoo._checkpoint import check_fit, with_code, without_code
 from sirfshampoo._config import check_batch_size, check_model, check_options
+from sirfshampoo._memory import check_memory
 from sirfshampoo._precision import full_precision
 from sirfshampoo._stack import Settings, Stack, stack_units
+from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
 from sirfshampoo._update import Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
@@ -101,7 +103,9 @@ class SIRFShampoo(Optimizer):
                 tuple of names, one for each axis, such as
                 ``{1: 'dense', 2: ('dense', 'diagonal'), 3: 'diagonal'}``. Names are
                 ``'dense'``, ``'diagonal'``, ``'block30diagonal'``,
-                ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``.
+                ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, and
+                those with other sizes, such as ``'block64diagonal'`` and
+                ``'hierarchical8_8'``.
             preconditioner_dtypes: The data type of the Kronecker factors, in the same
                 format: float16, bfloat16, float32, float64, or None for the type of
                 the parameter.
@@ -113,6 +117,7 @@ class SIRFShampoo(Optimizer):
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
+            MemoryError: If the state would not fit into the free memory of a device.
         """
         check_model(model)
         check_batch_size(batch_size)
@@ -141,6 +146,7 @@ class SIRFShampoo(Optimizer):
         self._identified: dict[int, list[list[Parameter]]] = {}
         super().__init__(params, defaults)
         self._identified.clear()
+        self._check_memory(self._units, self.param_groups)
         self._restack()
 
         self._batch_size = BatchSizeCounter(batch_size)
@@ -148,7 +154,7 @@ class SIRFShampoo(Optimizer):
             handle = model.register_forward_pre_hook(self._batch_size, with_kwargs=True)
             weakref.finalize(self, handle.remove).atexit = False
         if verbose_init:
-            print(self._description())
+            print(self._summary())
 
     # ----------------------------------------------------------------------- groups
 
@@ -162,6 +168,7 @@ class SIRFShampoo(Optimizer):
         Raises:
             ValueError: If an option is wrong, a parameter is trained already, or no
                 rule takes a parameter.
+            MemoryError: If the state would not fit into the free memory of a device.
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise ValueError(
@@ -190,11 +197,19 @@ class SIRFShampoo(Optimizer):
             )
         finally:
             self.param_groups = before
-        self.param_groups += groups
-        self._units += units
         if self._stacks is not None:  # else the constructor does it once for all
             self._identified.clear()
+            self._check_memory([*self._units, *units], [*before, *groups])
+        self.param_groups += groups
+        self._units += units
+        if self._stacks is not None:
             self._restack()
+
+    def _check_memory(
+        self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Check that there is memory for what `_restack` allocates."""
+        check_memory(units, groups, self._names_of)
 
     def _identify(self, rule: PreconditionerGroup) -> list[list[Parameter]]:
         if id(rule) not in self._identified:
@@ -203,7 +218,7 @@ class SIRFShampoo(Optimizer):
 
     def _names_of(self, params: Iterable[Tensor]) -> list[str]:
         """Return the parameters' names in the model."""
-        names = {id(p): f"'{name}'" for name, p in self._model.named_parameters()}
+        names = {id(p): name for name, p in self._model.named_parameters()}
         return [
             names.get(id(p), f"a tensor of shape {tuple(p.shape)} outside the model")
             for p in params
@@ -300,18 +315,21 @@ class SIRFShampoo(Optimizer):
                 )
         return [momenta[i] for i in range(len(self._units))]
 
-    def _description(self) -> str:
-        """Return a line for each pre-conditioner."""
-        lines = [f"SIRFShampoo: {len(self._units)} pre-conditioners"]
-        for unit, group in zip(self._units, self.param_groups, strict=True):
-            names = group.get("param_names") or self._names_of(unit.params)
-            axes = zip(unit.dims, unit.structures, unit.dtypes, strict=True)
-            factors = [f"{d}x{d} {name} {dtype}" for d, name, dtype in axes]
-            lines.append(
-                f"{unit.group:5d}  {' + '.join(names)}: {' (x) '.join(factors)}, "
-                f"by {type(unit.rule).__name__}, {unit.num_stored:,} numbers"
+    def _unit_names(self) -> list[list[str]]:
+        """Return, a unit, the names of its parameters."""
+        found = iter(self._names_of([p for unit in self._units for p in unit.params]))
+        return [
+            group.get("param_names") or known
+            for group, known in zip(
+                self.param_groups,
+                [[next(found) for _ in unit.params] for unit in self._units],
+                strict=True,
             )
-        return "\n".join(lines)
+        ]
+
+    def _summary(self) -> Summary:
+        """Return what the pre-conditioners are and cost."""
+        return summarize(self._units, self.param_groups, self._unit_names())
 
     # ------------------------------------------------------------------- checkpoints
 
