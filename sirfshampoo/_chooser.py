@@ -54,6 +54,10 @@ def choose_structures(
     Raises:
         ValueError: If an argument is wrong.
     """
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+        )
     if isinstance(max_dense, bool) or not isinstance(max_dense, int) or max_dense < 0:
         raise ValueError(
             f"Argument 'max_dense' must be an integer >= 0, got {max_dense!r}."
