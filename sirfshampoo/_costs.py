@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Size
 
+from sirfshampoo._config import momentum_of
 from sirfshampoo._units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
 
@@ -115,6 +116,6 @@ def _cost(
 
 def momentum_bytes(unit: Unit, group: Mapping[str, Any]) -> int:
     """Return the bytes of the momentum buffers of a unit's parameters."""
-    if not group["alpha1"]:
+    if not momentum_of(group):
         return 0
     return sum(p.numel() * p.element_size() for p in unit.params)

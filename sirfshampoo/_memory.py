@@ -45,7 +45,11 @@ def check_memory(
         if free is not None and number > free:
             here = [unit for unit in units if unit.params[0].device == device]
             known = iter(names_of([p for unit in here for p in unit.params]))
-            names = [[next(known) for _ in unit.params] for unit in here]
+            found = [[next(known) for _ in unit.params] for unit in here]
+            names = [
+                groups[unit.group].get("param_names") or of_unit
+                for unit, of_unit in zip(here, found, strict=True)
+            ]
             raise MemoryError(_refusal(summarize(here, groups, names), device, free))
 
 

@@ -59,4 +59,4 @@ def summary(
     """
     # with an integer, no forward pass needs to be watched
     quiet = {**options, "batch_size": 1, "verbose_init": False}
-    return _Plan(model_or_params, params, **quiet)._summary()  # type: ignore[arg-type]
+    return _Plan(model_or_params, params, **quiet)._summary()

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +21,7 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
     Summary,
+    choose_structures,
     summary,
 )
 from sirfshampoo._summary import tell_bytes
@@ -223,6 +225,18 @@ def test_frozen_parameters_are_left_out_and_names_may_be_given() -> None:
     assert [row.names for row in summary(model).rows] == [("1.weight",), ("1.bias",)]
     named = [("mine", model[1].weight)]
     assert [row.names for row in summary(model, named).rows] == [("mine",)]
+
+
+def test_parameters_may_stand_in_the_place_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    expected = [row.names for row in summary(model).rows]
+    assert [row.names for row in summary(model.named_parameters()).rows] == expected
+    plain = summary(model.parameters(), structures="diagonal")
+    assert [row.names for row in plain.rows] == [("0",), ("1",), ("2",), ("3",)]
+    groups = [{"params": model[0].parameters(), "structures": "diagonal"}]
+    assert [row.shape for row in summary(groups).rows] == [(7, 5), (7,)]
+    with pytest.raises(ValueError, match="need no model"):
+        summary(model.parameters(), combine_params=RULES)
 
 
 @pytest.mark.parametrize(
@@ -443,6 +457,18 @@ def test_a_summary_cannot_be_changed() -> None:
         told.rows = ()  # type: ignore[misc]
     with pytest.raises(AttributeError):
         told.rows[0].parameters = 0  # type: ignore[misc]
+
+
+def test_the_figures_of_the_readme() -> None:
+    with torch.device("meta"):
+        model = GPT2()
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    dense = summary(model).totals["state_bytes"]
+    chosen = summary(model, choose_structures(model)).totals["state_bytes"]
+    adamw = 2 * 4 * sum(p.numel() for p in model.parameters())
+    assert f"takes {dense / 2**30:.1f} GiB of state" in readme
+    assert f"\n{chosen / 2**30:.2f} GiB with the groups" in readme
+    assert f"and {adamw / 2**30:.2f} GiB under AdamW" in readme
 
 
 def test_the_example_of_the_documentation() -> None:
