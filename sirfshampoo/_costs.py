@@ -30,7 +30,7 @@ def interval_of(group: Mapping[str, Any]) -> int:
 @cache
 def _squares(structure: type[StructuredMatrix]) -> bool:
     """Return whether K Kᵀ has the structure of K."""
-    return structure.zeros(0).outer() is not None
+    return structure.zeros(0, device="cpu").outer() is not None
 
 
 def squaring_pays(

@@ -100,8 +100,13 @@ def form_units(
     position = {id(p): i for i, p in enumerate(group["params"])}
     units: list[Unit] = []
     groups: list[dict[str, Any]] = []
+    # a rule sees tensors, not parameters: it treats those of equal shapes alike
+    joint: dict[Any, tuple[Size, torch.dtype]] = {}
     for members, rule in _claims(group, names, identify):
-        dims, dtype = _joint_tensor(members, rule)
+        key = (id(rule), *((p.shape, p.dtype) for p in members))
+        if key not in joint:
+            joint[key] = _joint_tensor(members, rule)
+        dims, dtype = joint[key]
         structures = structures_of_axes(group["structures"], len(dims))
         dtypes = dtypes_of_axes(group["preconditioner_dtypes"], len(dims), dtype)
         T = group["T"]
@@ -162,7 +167,7 @@ def _joint_tensor(
         joint = rule.group(tensors)
         return joint, [part.shape for part in rule.ungroup(joint, list(shapes))]
 
-    try:  # without numbers, joining costs neither memory nor time
+    try:  # without numbers, joining takes no memory
         joint, parts = join([torch.empty_like(p, device="meta") for p in params])
     except Exception:  # a user's rule may need them; if it is wrong, it fails again
         joint, parts = join(list(params))
