@@ -1,5 +1,8 @@
 """SIRFShampoo: Shampoo with structured factors, without inverses and roots."""
 
+from sirfshampoo._chooser import choose_structures
+from sirfshampoo._plan import summary
+from sirfshampoo._summary import Summary
 from sirfshampoo.combiner import (
     FlattenEmbedding,
     LinearWeightBias,
@@ -14,5 +17,8 @@ __all__ = [
     "PerParameter",
     "PreconditionerGroup",
     "SIRFShampoo",
+    "Summary",
+    "choose_structures",
+    "summary",
 ]
 __version__ = "0.1.0"

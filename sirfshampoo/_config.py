@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from sirfshampoo.combiner import PreconditionerGroup
-from sirfshampoo.structures import SUPPORTED_STRUCTURES
+from sirfshampoo.structures import structure_class
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,14 +63,22 @@ def _check_rules(argument: str, value: Any) -> None:
             )
 
 
+def check_structure(argument: str, name: Any) -> None:
+    """Check the name of a structure."""
+    if not isinstance(name, str):
+        raise ValueError(f"Argument '{argument}' must name structures, got {name!r}.")
+    try:
+        structure_class(name)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument '{argument}' must name supported structures. {error}"
+        ) from None
+
+
 def _check_entry(argument: str, entry: Any) -> None:
     """Check what stands for one axis in `structures` or `preconditioner_dtypes`."""
     if argument == "structures":
-        if not isinstance(entry, str) or entry not in SUPPORTED_STRUCTURES:
-            raise ValueError(
-                f"Argument 'structures' must name supported structures "
-                f"{list(SUPPORTED_STRUCTURES)}, got {entry!r}."
-            )
+        check_structure(argument, entry)
     elif entry is not None and entry not in SUPPORTED_DTYPES:
         raise ValueError(
             f"Argument 'preconditioner_dtypes' must hold None or one of "

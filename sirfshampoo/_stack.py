@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sirfshampoo import _elementwise
 from sirfshampoo._config import momentum_of
+from sirfshampoo._costs import interval_of, squaring_pays
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
     Preconditioner,
@@ -21,7 +22,7 @@ from sirfshampoo._update import (
     update_factors,
 )
 from sirfshampoo.combiner import PerParameter
-from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
@@ -33,9 +34,6 @@ State = dict[str, Tensor]
 #: temporary on, more time to page faults than to arithmetic.
 _STACK_LIMIT = {"cpu": 1 << 19}
 _STACK_LIMIT_ELSEWHERE = 1 << 27
-
-#: How many steps a kept K Kᵀ is taken to serve if the interval is a callable.
-_GUESSED_INTERVAL = 10
 
 
 class Settings(NamedTuple):
@@ -53,7 +51,6 @@ class Settings(NamedTuple):
     @classmethod
     def of_group(cls, group: Mapping[str, Any], *, due: bool) -> Settings:
         """Read the settings of a parameter group."""
-        T = group["T"]
         return cls(
             lr=float(group["lr"]),
             beta2=float(group["beta2"]),
@@ -62,7 +59,7 @@ class Settings(NamedTuple):
             lam=float(group["lam"]),
             kappa=float(group["kappa"]),
             due=due,
-            interval=_GUESSED_INTERVAL if callable(T) else T,
+            interval=interval_of(group),
         )
 
 
@@ -91,15 +88,13 @@ class Stack:
         device = first.params[0].device
         axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
         self.K = [
-            SUPPORTED_STRUCTURES[name].eye(d, batch=batch, dtype=dtype, device=device)
+            structure_class(name).eye(d, batch=batch, dtype=dtype, device=device)
             for name, d, dtype in axes
         ]
         self.m = None
         if has_m:
             self.m = [
-                SUPPORTED_STRUCTURES[name].zeros(
-                    d, batch=batch, dtype=dtype, device=device
-                )
+                structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
                 for name, d, dtype in axes
             ]
         self.V = None
@@ -253,7 +248,11 @@ class Stack:
     def _preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
         """Return K Kᵀ of a run of rows; it is kept if the factors stay for a while."""
         if interval == 1 or self._kept is None:
-            squared = [self._squaring_pays(K_n, interval) for K_n in self.K]
+            size = self.units[0].dims.numel()
+            squared = [
+                squaring_pays(type(K_n), K_n.dim, size // max(K_n.dim, 1), interval)
+                for K_n in self.K
+            ]
         else:
             squared = [kept.squared for kept in self._kept]
 
@@ -276,15 +275,6 @@ class Stack:
                     kept[rows].copy_(fresh)
                 self._outdated -= covered
         return [kept[rows] for kept in self._kept]
-
-    def _squaring_pays(self, K_n: StructuredMatrix, interval: int) -> bool:
-        """Return whether K Kᵀ costs less than what it saves until K changes.
-
-        Multiplying a matrix onto K costs its stored numbers times the columns of the
-        other: for K Kᵀ, K's numbers a row; for the gradient, its columns in each step.
-        """
-        columns = self.units[0].dims.numel() // K_n.dim
-        return K_n.num_stored(K_n.dim) <= K_n.dim * columns * interval
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

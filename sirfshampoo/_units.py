@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from sirfshampoo._config import check_parameter, dtypes_of_axes, structures_of_axes
 from sirfshampoo.combiner import PreconditionerGroup
-from sirfshampoo.structures import SUPPORTED_STRUCTURES
+from sirfshampoo.structures import structure_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +40,14 @@ class Unit:
     def num_stored(self) -> int:
         """How many numbers the factors of the unit store."""
         return sum(
-            SUPPORTED_STRUCTURES[name].num_stored(dim)
+            structure_class(name).num_stored(dim)
             for name, dim in zip(self.structures, self.dims, strict=True)
         )
 
     @property
     def working_set(self) -> int:
         """How many numbers a step works on: of the gradient and of the factors."""
-        needed = (SUPPORTED_STRUCTURES[name].WORKSPACE for name in self.structures)
+        needed = (structure_class(name).WORKSPACE for name in self.structures)
         return self.dims.numel() * max(needed) + self.num_stored
 
     def has_gradients(self) -> bool:
@@ -100,8 +100,13 @@ def form_units(
     position = {id(p): i for i, p in enumerate(group["params"])}
     units: list[Unit] = []
     groups: list[dict[str, Any]] = []
+    # a rule sees tensors, not parameters: it treats those of equal shapes alike
+    joint: dict[Any, tuple[Size, torch.dtype]] = {}
     for members, rule in _claims(group, names, identify):
-        dims, dtype = _joint_tensor(members, rule)
+        key = (id(rule), *((p.shape, p.dtype) for p in members))
+        if key not in joint:
+            joint[key] = _joint_tensor(members, rule)
+        dims, dtype = joint[key]
         structures = structures_of_axes(group["structures"], len(dims))
         dtypes = dtypes_of_axes(group["preconditioner_dtypes"], len(dims), dtype)
         T = group["T"]
@@ -156,9 +161,16 @@ def _joint_tensor(
     Raises:
         ValueError: If the rule makes something that cannot be pre-conditioned.
     """
-    joint = rule.group(list(params))
     shapes = [p.shape for p in params]
-    parts = [part.shape for part in rule.ungroup(joint, shapes)]
+
+    def join(tensors: list[Tensor]) -> tuple[Tensor, list[Size]]:
+        joint = rule.group(tensors)
+        return joint, [part.shape for part in rule.ungroup(joint, list(shapes))]
+
+    try:  # without numbers, joining takes no memory
+        joint, parts = join([torch.empty_like(p, device="meta") for p in params])
+    except Exception:  # a user's rule may need them; if it is wrong, it fails again
+        joint, parts = join(list(params))
     if joint.ndim == 0 or parts != shapes:
         raise ValueError(
             f"Argument 'combine_params' must hold rules whose 'group' returns a tensor "

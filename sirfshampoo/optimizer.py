@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,10 @@ from sirfshampoo._diagnostics import (
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
+from sirfshampoo._memory import check_memory
 from sirfshampoo._precision import full_precision
 from sirfshampoo._stack import Settings, Stack, stack_units
+from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
 from sirfshampoo._update import Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
@@ -134,7 +136,9 @@ class SIRFShampoo(Optimizer):
                 tuple of names, one for each axis, such as
                 ``{1: 'dense', 2: ('dense', 'diagonal'), 3: 'diagonal'}``. Names are
                 ``'dense'``, ``'diagonal'``, ``'block30diagonal'``,
-                ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``.
+                ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, and
+                those with other sizes, such as ``'block64diagonal'`` and
+                ``'hierarchical8_8'``.
             preconditioner_dtypes: The data type of the Kronecker factors, in the same
                 format: float16, bfloat16, float32, float64, or None for the type of
                 the parameter.
@@ -146,6 +150,7 @@ class SIRFShampoo(Optimizer):
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
+            MemoryError: If the state would not fit into the free memory of a device.
         """
         check_model(model, params)
         check_batch_size(batch_size, model)
@@ -181,10 +186,11 @@ class SIRFShampoo(Optimizer):
         # schedulers that cycle the momentum look here, and put it into the groups
         self.defaults[CYCLED_MOMENTUM] = alpha1
         self._identified.clear()
+        self._check_memory(self._units, self.param_groups)
         self._restack()
         self._watch()
         if verbose_init:
-            print(self._description())
+            print(self._summary())
 
     def _watch(self) -> None:
         """Have the forward passes of the model counted, as long as this lives."""
@@ -205,6 +211,7 @@ class SIRFShampoo(Optimizer):
         Raises:
             ValueError: If an option is wrong, a parameter is trained already, or no
                 rule takes a parameter.
+            MemoryError: If the state would not fit into the free memory of a device.
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise ValueError(
@@ -238,12 +245,20 @@ class SIRFShampoo(Optimizer):
             )
         finally:
             self.param_groups = before
+        if self._stacks is not None:  # else the constructor does it once for all
+            self._identified.clear()
+            self._check_memory([*self._units, *units], [*before, *groups])
         self.param_groups += groups
         self._units += units
         self._batch_size.params += [p for unit in units for p in unit.params]
-        if self._stacks is not None:  # else the constructor does it once for all
-            self._identified.clear()
+        if self._stacks is not None:
             self._restack()
+
+    def _check_memory(
+        self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Check that there is memory for what `_restack` allocates."""
+        check_memory(units, groups, self._names_of)
 
     def _identify(
         self, rule: PreconditionerGroup, params: Sequence[Tensor]
@@ -267,12 +282,17 @@ class SIRFShampoo(Optimizer):
 
     def _unit_names(self) -> list[list[str]]:
         """Return, a unit, the names of its parameters; without any: their numbers."""
-        if self._model is None and "param_names" not in self.param_groups[0]:
-            numbers = iter(range(sum(len(unit.params) for unit in self._units)))
-            return [[str(next(numbers)) for _ in unit.params] for unit in self._units]
+        params = [p for unit in self._units for p in unit.params]
+        # all at once: a walk through the model for each unit would take long
+        known = iter(
+            [str(i) for i in range(len(params))]
+            if self._model is None
+            else self._names_of(params)
+        )
+        names = [[next(known) for _ in unit.params] for unit in self._units]
         return [
-            group.get("param_names") or self._names_of(group["params"])
-            for group in self.param_groups
+            group.get("param_names") or found
+            for group, found in zip(self.param_groups, names, strict=True)
         ]
 
     # ------------------------------------------------------------------------- step
@@ -381,17 +401,9 @@ class SIRFShampoo(Optimizer):
                 )
         return [momenta[i] for i in range(len(self._units))]
 
-    def _description(self) -> str:
-        """Return a line for each pre-conditioner."""
-        lines = [f"SIRFShampoo: {len(self._units)} pre-conditioners"]
-        for unit, names in zip(self._units, self._unit_names(), strict=True):
-            axes = zip(unit.dims, unit.structures, unit.dtypes, strict=True)
-            factors = [f"{d}x{d} {name} {dtype}" for d, name, dtype in axes]
-            lines.append(
-                f"{unit.group:5d}  {' + '.join(names)}: {' (x) '.join(factors)}, "
-                f"by {type(unit.rule).__name__}, {unit.num_stored:,} numbers"
-            )
-        return "\n".join(lines)
+    def _summary(self) -> Summary:
+        """Return what the pre-conditioners are and cost."""
+        return summarize(self._units, self.param_groups, self._unit_names())
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64, nn
 
-STRUCTURES = (
+DOCUMENTED_STRUCTURES = (
     "dense",
     "diagonal",
     "block30diagonal",
@@ -21,6 +21,8 @@ STRUCTURES = (
     "triltoeplitz",
     "triutoeplitz",
 )
+# the documented ones, and names with other sizes
+STRUCTURES = (*DOCUMENTED_STRUCTURES, "block7diagonal", "hierarchical3_2")
 
 
 # --- configurations -------------------------------------------------------------------

@@ -35,7 +35,7 @@ class LargestTensor(TorchDispatchMode):
         """Run the operation and look at the memory behind its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:  # which take no memory
                 # not `numel`: a broadcast view of d x d costs nothing
                 numbers = leaf.untyped_storage().nbytes() // leaf.element_size()
                 self.numbers = max(self.numbers, numbers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sirfshampoo import FlattenEmbedding, LinearWeightBias, PerParameter, SIRFShampoo
+from sirfshampoo.structures import structure_class
 
 RULES = (LinearWeightBias(), FlattenEmbedding(), PerParameter())
 
@@ -321,6 +322,28 @@ def test_toeplitz_triangles_are_not_taken_for_each_other() -> None:
     lower, upper = (Run({"structures": f"tri{x}toeplitz"}) for x in "lu")
     with pytest.raises(ValueError, match="structures"):
         upper.optimizer.load_state_dict(lower.optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("block64diagonal", "block65diagonal"),
+        ("block30diagonal", "block64diagonal"),
+        ("hierarchical8_4", "hierarchical4_8"),
+    ],
+)
+def test_sizes_are_not_taken_for_each_other_where_shapes_agree(
+    one: str, other: str
+) -> None:
+    first, second = Run({"structures": one}), Run({"structures": other})
+    first.steps(1)
+    state_dict = first.optimizer.state_dict()
+    with pytest.raises(ValueError, match=rf"structures \('{other}'"):
+        second.optimizer.load_state_dict(state_dict)
+    again = Run({"structures": one})
+    again.optimizer.load_state_dict(state_dict)
+    kinds = {type(K) for factors in again.optimizer.preconditioner for K in factors}
+    assert kinds == {structure_class(one)}
 
 
 def test_hooks_on_loading_run_and_may_replace_the_dict() -> None:

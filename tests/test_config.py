@@ -52,6 +52,9 @@ def test_public_names() -> None:
         "PerParameter",
         "PreconditionerGroup",
         "SIRFShampoo",
+        "Summary",
+        "choose_structures",
+        "summary",
     ]
     assert len(DEFAULT_COMBINE_PARAMS) == 1
     assert type(DEFAULT_COMBINE_PARAMS[0]) is PerParameter
@@ -117,6 +120,8 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
             {1: "dense", 2: ("dense", None), 3: "dense"},
             {1: "dense", 2: "dense", 3: "dense", 7: "sparse"},
             {1: "dense", 2: "dense", "3": "dense"},
+            "block0diagonal",
+            {1: "dense", 2: ("dense", "blockdiagonal"), 3: "hierarchical8"},
             {},
         )
     ),
@@ -234,13 +239,10 @@ def test_duplicates_and_empty_lists_are_refused() -> None:
         SIRFShampoo(net, params=[{"params": [p]}, {"params": [p]}])
 
 
-def test_verbose_init_tells_groups_and_factors(capsys: Any) -> None:
-    SIRFShampoo(model(), structures={1: "diagonal", 2: "dense", 3: "dense"})
+def test_verbose_init_prints_the_summary(capsys: Any) -> None:
+    structures = {1: "diagonal", 2: "dense", 3: "dense"}
+    SIRFShampoo(model(), structures=structures)
     assert capsys.readouterr().out == ""
-    SIRFShampoo(
-        model(), structures={1: "diagonal", 2: "dense", 3: "dense"}, verbose_init=True
-    )
-    out = capsys.readouterr().out
-    assert "4 pre-conditioners" in out
-    assert "0.weight: 2x2 dense torch.float32 (x) 3x3 dense torch.float32" in out
-    assert "1.bias: 2x2 diagonal torch.float32, by PerParameter, 2 numbers" in out
+    SIRFShampoo(model(), structures=structures, verbose_init=True)
+    told = str(sirfshampoo.summary(model(), structures=structures))
+    assert capsys.readouterr().out == told + "\n"

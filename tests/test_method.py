@@ -425,7 +425,13 @@ CLOSE_TO_ALL_SETTINGS = {**FAST, "kappa": 0.1, "T": 2}
 
 
 @pytest.mark.parametrize(
-    ("name", "largest"), [("block30diagonal", 30), ("hierarchical15_15", 15)]
+    ("name", "largest"),
+    [
+        ("block30diagonal", 30),
+        ("block64diagonal", 64),
+        ("hierarchical15_15", 15),
+        ("hierarchical20_3", 20),
+    ],
 )
 def test_small_axes_make_a_structure_dense(name: str, largest: int) -> None:
     shapes = [(largest,), (largest, 7), (7, largest), (3, largest, 2), (1, 5)]
@@ -436,7 +442,13 @@ def test_small_axes_make_a_structure_dense(name: str, largest: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "beyond"), [("block30diagonal", 31), ("hierarchical15_15", 16)]
+    ("name", "beyond"),
+    [
+        ("block30diagonal", 31),
+        ("block64diagonal", 65),
+        ("hierarchical15_15", 16),
+        ("hierarchical20_3", 21),
+    ],
 )
 def test_a_larger_axis_makes_the_structure_differ_from_dense(
     name: str, beyond: int

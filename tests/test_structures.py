@@ -1,19 +1,24 @@
 """Every structure agrees with its dense definition, at a cost of what it stores."""
 
+import pickle
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import FrozenInstanceError
+from functools import partial
 from itertools import product
 from time import perf_counter
 
 import pytest
 import torch
-from cases import STRUCTURES
+from cases import DOCUMENTED_STRUCTURES, STRUCTURES
 from conftest import LargestTensor
 from torch import Tensor
 from twin import PROJECTIONS
 
-from sirfshampoo.structures import SUPPORTED_STRUCTURES
+from sirfshampoo.structures import SUPPORTED_STRUCTURES, structure_class
 from sirfshampoo.structures.base import StructuredMatrix
+from sirfshampoo.structures.block_diagonal import block_diagonal
+from sirfshampoo.structures.hierarchical import hierarchical
 
 DIMS = (0, 1, 7, 15, 16, 29, 30, 31, 60, 61, 97)
 BATCHES = ((), (3,))
@@ -43,7 +48,7 @@ def random_matrix(
     name: str, d: int, batch: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
 ) -> StructuredMatrix:
     """Draw every stored number that is not a zero by structure: no symmetry."""
-    cls = SUPPORTED_STRUCTURES[name]
+    cls = structure_class(name)
     K, pattern = (
         cls.zeros(d, batch=batch, dtype=dtype),
         cls.from_dense(torch.ones(d, d)),
@@ -81,9 +86,74 @@ def draw_all(name: str, d: int) -> Iterator[tuple[StructuredMatrix, torch.dtype]
 
 
 def test_every_documented_name_has_its_own_class() -> None:
-    assert tuple(SUPPORTED_STRUCTURES) == STRUCTURES
-    assert len(set(SUPPORTED_STRUCTURES.values())) == len(STRUCTURES)
-    assert all(issubclass(c, StructuredMatrix) for c in SUPPORTED_STRUCTURES.values())
+    assert tuple(SUPPORTED_STRUCTURES) == DOCUMENTED_STRUCTURES
+    assert len(set(map(structure_class, STRUCTURES))) == len(STRUCTURES)
+    for name, cls in SUPPORTED_STRUCTURES.items():
+        assert issubclass(cls, StructuredMatrix)
+        assert structure_class(name) is cls
+
+
+# --- names with sizes -----------------------------------------------------------------
+def test_equal_names_have_the_same_class() -> None:
+    assert structure_class("block64diagonal") is structure_class("block64diagonal")
+    assert structure_class("block64diagonal") is not structure_class("block6diagonal")
+    assert block_diagonal(30) is SUPPORTED_STRUCTURES["block30diagonal"]
+    assert hierarchical(15, 15) is SUPPORTED_STRUCTURES["hierarchical15_15"]
+    # a class that is dropped from the cache of names is made once all the same
+    structure_class.cache_clear()
+    assert structure_class("hierarchical8_4") is hierarchical(8, 4)
+    assert structure_class("hierarchical8_4") is not hierarchical(4, 8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blockdiagonal",
+        "block0diagonal",
+        "block-3diagonal",
+        "block07diagonal",
+        "block7.5diagonal",
+        "block1000000diagonal",
+        "block7diagonal ",
+        "block\u0667diagonal",
+        "hierarchical8",
+        "hierarchical8_",
+        "hierarchical0_8",
+        "hierarchical8_0",
+        "hierarchical8_8_8",
+        "hierarchical8_8\n",
+        "Dense",
+        "",
+    ],
+)
+def test_other_names_are_refused_with_all_that_there_are(name: str) -> None:
+    with pytest.raises(ValueError, match="A structure must be one of") as caught:
+        structure_class(name)
+    message = str(caught.value)
+    assert all(known in message for known in DOCUMENTED_STRUCTURES)
+    assert "'block<size>diagonal'" in message
+    assert "'hierarchical<top>_<bottom>'" in message
+    assert repr(name) in message
+
+
+@each_structure
+@pytest.mark.parametrize(
+    "duplicate", [deepcopy, lambda K: pickle.loads(pickle.dumps(K))]
+)
+def test_a_matrix_can_be_copied_and_pickled(
+    name: str, duplicate: Callable[[StructuredMatrix], StructuredMatrix]
+) -> None:
+    K = random_matrix(name, 31, (2,))
+    other = duplicate(K)
+    assert type(other) is type(K)
+    assert torch.equal(other.to_dense(), K.to_dense())
+    other.shift_(1.0)
+    assert not torch.equal(other.to_dense(), K.to_dense())
+
+
+def test_the_largest_size_stands_for_dense() -> None:
+    K = structure_class("block999999diagonal").eye(5)
+    assert torch.equal(K.matmul(K).to_dense(), torch.eye(5))
 
 
 # --- the definition -------------------------------------------------------------------
@@ -100,23 +170,24 @@ def layout_diagonal(f: dict[str, Tensor], d: int) -> Tensor:
     return M
 
 
-def layout_block30diagonal(f: dict[str, Tensor], d: int) -> Tensor:
+def layout_blocks(f: dict[str, Tensor], d: int, size: int) -> Tensor:
     """Place the fields of one block-diagonal matrix."""
     M = torch.zeros(d, d, dtype=torch.float64)
     blocks = [*f["blocks"], f["last"]]
-    assert [len(b) for b in blocks] == [30] * (d // 30) + [d % 30]
+    assert [len(b) for b in blocks] == [size] * (d // size) + [d % size]
     for i, block in enumerate(blocks):
-        M[30 * i : 30 * i + len(block), 30 * i : 30 * i + len(block)] = block
+        rows = slice(size * i, size * i + len(block))
+        M[rows, rows] = block
     return M
 
 
-def layout_hierarchical15_15(f: dict[str, Tensor], d: int) -> Tensor:
+def layout_hierarchy(f: dict[str, Tensor], d: int, top: int, bottom: int) -> Tensor:
     """Place the fields of one hierarchical matrix."""
     M = torch.zeros(d, d, dtype=torch.float64)
-    end = max(d - 15, min(d, 15))  # the first row of E
-    M[:15], M[end:] = f["dense"][:15], f["dense"][15:]
-    assert not M[end:, :15].any()
-    for i, c in enumerate(f["middle"], start=15):
+    end = max(d - bottom, min(d, top))  # the first row of E
+    M[:top], M[end:] = f["dense"][:top], f["dense"][top:]
+    assert not M[end:, :top].any()
+    for i, c in enumerate(f["middle"], start=top):
         M[i, i] = c
     return M
 
@@ -134,7 +205,16 @@ def layout_triutoeplitz(f: dict[str, Tensor], d: int) -> Tensor:
     return layout_triltoeplitz(f, d).T
 
 
-PLACED = {name: globals()[f"layout_{name}"] for name in STRUCTURES}
+PLACED: dict[str, Callable[[dict[str, Tensor], int], Tensor]] = {
+    "dense": layout_dense,
+    "diagonal": layout_diagonal,
+    "block30diagonal": partial(layout_blocks, size=30),
+    "block7diagonal": partial(layout_blocks, size=7),
+    "hierarchical15_15": partial(layout_hierarchy, top=15, bottom=15),
+    "hierarchical3_2": partial(layout_hierarchy, top=3, bottom=2),
+    "triltoeplitz": layout_triltoeplitz,
+    "triutoeplitz": layout_triutoeplitz,
+}
 
 
 @each_structure
@@ -157,7 +237,7 @@ def test_from_dense_is_the_twins_projection(name: str, d: int) -> None:
     for batch, dtype in product(BATCHES, TOLERANCES):
         S = torch.randn(*batch, d, d).to(dtype)
         S = S + S.mT
-        result = SUPPORTED_STRUCTURES[name].from_dense(S)
+        result = structure_class(name).from_dense(S)
         assert {t.dtype for _, t in result.named_tensors()} == {dtype}
         assert_close(dense(result), project(name, S.double()), dtype)
 
@@ -167,7 +247,7 @@ def test_from_dense_is_the_twins_projection(name: str, d: int) -> None:
 def test_the_projection_keeps_the_trace(name: str, d: int) -> None:
     S = random_matrix("dense", d, (3,)).to_dense()
     S = S + S.mT
-    trace = dense(SUPPORTED_STRUCTURES[name].from_dense(S)).diagonal(dim1=-2, dim2=-1)
+    trace = dense(structure_class(name).from_dense(S)).diagonal(dim1=-2, dim2=-1)
     expected = S.diagonal(dim1=-2, dim2=-1).sum(-1)
     assert torch.allclose(trace.sum(-1), expected, rtol=0, atol=1e-12 * max(d, 1))
 
@@ -193,7 +273,7 @@ def test_project_gram_agrees_with_dense(name: str, d: int) -> None:
         X = torch.randn(*batch, d, c).to(dtype)
         before, gram = X.clone(), project(name, X.double() @ X.double().mT)
         for scale in SCALES:
-            result = SUPPORTED_STRUCTURES[name].project_gram(X, scale=scale)
+            result = structure_class(name).project_gram(X, scale=scale)
             assert {t.dtype for _, t in result.named_tensors()} == {dtype}
             assert result.shape == (*batch, d, d)
             assert_close(dense(result), scale * gram, dtype)
@@ -229,7 +309,7 @@ def test_a_product_of_two_stays_inside_the_structure(name: str, d: int) -> None:
 def test_outer_is_the_exact_product_or_declined(name: str, d: int) -> None:
     for K, dtype in draw_all(name, d):
         KKT = K.outer()
-        if name in ("dense", "diagonal", "block30diagonal"):
+        if name in ("dense", "diagonal", "block30diagonal", "block7diagonal"):
             assert type(KKT) is type(K)
             assert_close(dense(KKT), dense(K) @ dense(K).mT, dtype)
         else:  # not closed under transposition
@@ -246,7 +326,7 @@ def test_strided_inputs_give_what_contiguous_ones_give(
     X = torch.randn(3, d, 5, dtype=torch.float64)
     view = LAYOUTS[layout](X)
     assert torch.equal(view, X)
-    cls = SUPPORTED_STRUCTURES[name]
+    cls = structure_class(name)
     assert_close(K.matmat(view), dense(K) @ X, torch.float64)
     assert_close(K.rmatmat(view), dense(K).mT @ X, torch.float64)
     assert_close(dense(cls.project_gram(view)), project(name, X @ X.mT), torch.float64)
@@ -271,7 +351,7 @@ def test_a_transposed_matrix_of_a_batch_is_treated_by_itself(name: str) -> None:
 @each_structure
 @each_dim
 def test_eye_zeros_and_shapes(name: str, d: int) -> None:
-    cls = SUPPORTED_STRUCTURES[name]
+    cls = structure_class(name)
     makers = ((cls.zeros, torch.zeros(d, d)), (cls.eye, torch.eye(d)))
     for (make, expected), batch, dtype in product(makers, BATCHES, TOLERANCES):
         K = make(d, batch=batch, dtype=dtype)
@@ -288,7 +368,7 @@ def test_eye_zeros_and_shapes(name: str, d: int) -> None:
 
 @each_structure
 def test_zeros_take_torchs_default_dtype(name: str) -> None:
-    K = SUPPORTED_STRUCTURES[name].zeros(7)
+    K = structure_class(name).zeros(7)
     assert K.to_dense().dtype == torch.get_default_dtype()
 
 
@@ -300,6 +380,8 @@ NUMBERS: dict[str, Callable[[int], int]] = {
     "hierarchical15_15": lambda d: min(d, 30) * d + max(d - 30, 0),
     "triltoeplitz": lambda d: d,
     "triutoeplitz": lambda d: d,
+    "block7diagonal": lambda d: (d // 7) * 7**2 + (d % 7) ** 2,
+    "hierarchical3_2": lambda d: min(d, 5) * d + max(d - 5, 0),
 }
 
 
@@ -331,7 +413,7 @@ def test_reductions_agree_with_dense(name: str, d: int) -> None:
 def test_a_gram_that_is_not_finite_is_seen(name: str, poison: float) -> None:
     X = torch.randn(3, 61, 5)
     X[1, 40, 2] = poison
-    cls = SUPPORTED_STRUCTURES[name]
+    cls = structure_class(name)
     sick = cls.project_gram(X)
     assert sick.is_finite().tolist() == [True, False, True]
     assert cls.eye(61, batch=(2,)).is_finite().all()
@@ -343,7 +425,7 @@ def test_norm_of_half_precision_count_beyond_its_mantissa(
     name: str, dtype: torch.dtype
 ) -> None:
     # bfloat16 stops counting ones at 256, float16 overflows at 65504
-    K = SUPPORTED_STRUCTURES[name].eye(3000, dtype=dtype)
+    K = structure_class(name).eye(3000, dtype=dtype)
     K.add_(K, 15.0)
     assert K.norm().item() == pytest.approx(16.0 * 3000**0.5, rel=1e-6)
 
@@ -400,7 +482,7 @@ def test_the_documented_primitives_are_abstract() -> None:
 def test_a_structure_that_lacks_a_primitive_cannot_be_instantiated(
     missing: str,
 ) -> None:
-    complete = vars(SUPPORTED_STRUCTURES["diagonal"])
+    complete = vars(structure_class("diagonal"))
     members = {n: complete[n] for n in PRIMITIVES}
     fields = {"__annotations__": {"diag": Tensor}, "__match_args__": ("diag",)}
     init = {"__init__": complete["__init__"]}

@@ -10,6 +10,7 @@ Shapes: an axis has size `d`, its factor `K` and momentum `m` have shape `[d, d]
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -28,19 +29,22 @@ def project_diagonal(S: Tensor) -> Tensor:
     return S.diag().diag()
 
 
-def project_block30diagonal(S: Tensor) -> Tensor:
-    """Keep 30 x 30 blocks along the diagonal; the last one may be smaller."""
+def project_blocks(S: Tensor, size: int) -> Tensor:
+    """Keep blocks of one size along the diagonal; the last one may be smaller."""
     P = torch.zeros_like(S)
-    for i in range(0, len(S), 30):
-        block = slice(i, i + 30)
+    for i in range(0, len(S), size):
+        block = slice(i, i + size)
         P[block, block] = S[block, block]
     return P
 
 
-def project_hierarchical15_15(S: Tensor) -> Tensor:
-    """Keep [[A, B1, B2], [0, diag(c), 0], [0, D, E]], with B and D doubled."""
+def project_hierarchy(S: Tensor, a: int, e: int) -> Tensor:
+    """Keep [[A, B1, B2], [0, diag(c), 0], [0, D, E]], with B and D doubled.
+
+    A has `a` rows; E has `e`, or what A leaves.
+    """
     d = len(S)
-    first, last = min(15, d), max(min(15, d), d - 15)
+    first, last = min(a, d), max(min(a, d), d - e)
     top, middle, end = slice(0, first), slice(first, last), slice(last, d)
     P = torch.zeros_like(S)
     P[top, top] = S[top, top]
@@ -74,10 +78,12 @@ def project_triutoeplitz(S: Tensor) -> Tensor:
 PROJECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "dense": project_dense,
     "diagonal": project_diagonal,
-    "block30diagonal": project_block30diagonal,
-    "hierarchical15_15": project_hierarchical15_15,
+    "block30diagonal": partial(project_blocks, size=30),
+    "hierarchical15_15": partial(project_hierarchy, a=15, e=15),
     "triltoeplitz": project_triltoeplitz,
     "triutoeplitz": project_triutoeplitz,
+    "block7diagonal": partial(project_blocks, size=7),
+    "hierarchical3_2": partial(project_hierarchy, a=3, e=2),
 }
 
 

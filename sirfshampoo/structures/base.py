@@ -227,6 +227,19 @@ class StructuredMatrix(ABC):
         """Return how many numbers one d × d matrix of this structure stores."""
         return sum(map(prod, cls.layout(dim).values()))
 
+    @classmethod
+    def flops(cls, dim: int, columns: int) -> int:
+        """Return about how many floating-point operations K X takes.
+
+        Args:
+            dim: The number of rows d of K.
+            columns: The number of columns of X.
+
+        Returns:
+            The number of operations; a multiplication with an addition counts two.
+        """
+        return 2 * cls.num_stored(dim) * columns
+
     # ------------------------------------------------------------- construction
 
     @classmethod

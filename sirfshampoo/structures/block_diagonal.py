@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from functools import cache
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class BlockDiagonalMatrix(StructuredMatrix):
 
     blocks: Tensor
     last: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make the matrix anew, for pickle and deepcopy."""
+        # pickle does not find a class that is made when its size is asked for
+        return _rebuilt, (self.BLOCK_SIZE, self.tensors())
 
     @property
     def dim(self) -> int:
@@ -109,8 +115,18 @@ class BlockDiagonalMatrix(StructuredMatrix):
         return K
 
 
-@dataclass(frozen=True, eq=False)
-class Block30DiagonalMatrix(BlockDiagonalMatrix):
-    """Block-diagonal matrices with blocks of 30 × 30."""
+@cache
+def block_diagonal(size: int) -> type[BlockDiagonalMatrix]:
+    """Return the one class of block-diagonal matrices with blocks of a size."""
+    doc = f"Block-diagonal matrices with blocks of {size} × {size}."
+    members = {"BLOCK_SIZE": size, "__doc__": doc, "__module__": __name__}
+    cls = type(f"Block{size}DiagonalMatrix", (BlockDiagonalMatrix,), members)
+    return dataclass(frozen=True, eq=False)(cls)
 
-    BLOCK_SIZE = 30
+
+def _rebuilt(size: int, tensors: tuple[Tensor, ...]) -> BlockDiagonalMatrix:
+    """Return a matrix from what pickle kept of it."""
+    return block_diagonal(size)(*tensors)
+
+
+Block30DiagonalMatrix = block_diagonal(30)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from functools import cache
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ class HierarchicalMatrix(StructuredMatrix):
 
     dense: Tensor
     middle: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make the matrix anew, for pickle and deepcopy."""
+        # pickle does not find a class that is made when its sizes are asked for
+        return _rebuilt, (self.TOP, self.BOTTOM, self.tensors())
 
     @property
     def dim(self) -> int:
@@ -132,9 +138,18 @@ class HierarchicalMatrix(StructuredMatrix):
         return K
 
 
-@dataclass(frozen=True, eq=False)
-class Hierarchical15_15Matrix(HierarchicalMatrix):
-    """Hierarchical matrices with 15 first and 15 last rows."""
+@cache
+def hierarchical(top: int, bottom: int) -> type[HierarchicalMatrix]:
+    """Return the one class of hierarchical matrices with so many dense rows."""
+    doc = f"Hierarchical matrices with {top} first and {bottom} last rows."
+    members = {"TOP": top, "BOTTOM": bottom, "__doc__": doc, "__module__": __name__}
+    cls = type(f"Hierarchical{top}_{bottom}Matrix", (HierarchicalMatrix,), members)
+    return dataclass(frozen=True, eq=False)(cls)
 
-    TOP = 15
-    BOTTOM = 15
+
+def _rebuilt(top: int, bottom: int, tensors: tuple[Tensor, ...]) -> HierarchicalMatrix:
+    """Return a matrix from what pickle kept of it."""
+    return hierarchical(top, bottom)(*tensors)
+
+
+Hierarchical15_15Matrix = hierarchical(15, 15)

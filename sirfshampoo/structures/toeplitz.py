@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil, log2
 from typing import Self
 
 import torch
@@ -76,6 +77,13 @@ class ToeplitzMatrix(StructuredMatrix):
     @classmethod
     def layout(cls, dim: int) -> dict[str, tuple[int, ...]]:
         return {"coeffs": (dim,)}
+
+    @classmethod
+    def flops(cls, dim: int, columns: int) -> int:
+        n = _fft_length(dim)
+        transform = ceil(2.5 * n * log2(n))  # of n real numbers
+        product = 6 * (n // 2 + 1) + 2 * dim  # of spectra; of the main diagonal
+        return transform + columns * (2 * transform + product) if columns else 0
 
     @staticmethod
     def _lengths(d: int, like: Tensor) -> Tensor:

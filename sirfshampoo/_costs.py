@@ -1,0 +1,121 @@
+"""What a pre-conditioner costs: bytes and floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Size
+
+from sirfshampoo._config import momentum_of
+from sirfshampoo._units import Unit
+from sirfshampoo.structures import StructuredMatrix, structure_class
+
+#: How many steps a kept K Kᵀ is taken to serve if the interval is a callable.
+_GUESSED_INTERVAL = 10
+
+#: The bytes of a unit's counters, `step` and `skipped`.
+COUNTER_BYTES = 16
+
+
+def interval_of(group: Mapping[str, Any]) -> int:
+    """Return how many steps the factors of a group are expected to stay."""
+    T = group["T"]
+    return _GUESSED_INTERVAL if callable(T) else int(T)
+
+
+@cache
+def _squares(structure: type[StructuredMatrix]) -> bool:
+    """Return whether K Kᵀ has the structure of K."""
+    return structure.zeros(0, device="cpu").outer() is not None
+
+
+def squaring_pays(
+    structure: type[StructuredMatrix], dim: int, columns: int, interval: int
+) -> bool:
+    """Return whether K Kᵀ costs less than what it saves until K changes.
+
+    Multiplying a matrix onto K costs its stored numbers times the columns of the
+    other: for K Kᵀ, K's numbers a row; for the gradient, its columns in each step.
+
+    Args:
+        structure: The structure of K.
+        dim: The number of rows of K.
+        columns: The number of columns of the unfolded gradient.
+        interval: How many steps K stays.
+    """
+    pays = structure.num_stored(dim) <= dim * columns * interval
+    return pays and _squares(structure)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pre-conditioner costs.
+
+    Attributes:
+        axis_bytes: The bytes of each axis' factor and its momentum.
+        kept_bytes: The bytes of what is kept of K Kᵀ between updates of the factors.
+        update_flops: The operations of an update of the factors.
+        step_flops: The operations of pre-conditioning a gradient.
+    """
+
+    axis_bytes: tuple[int, ...]
+    kept_bytes: int
+    update_flops: int
+    step_flops: int
+
+
+def cost_of(unit: Unit, group: Mapping[str, Any]) -> Cost:
+    """Return what a unit costs under the options of its group."""
+    return _cost(
+        unit.dims,
+        unit.structures,
+        unit.dtypes,
+        has_m=bool(group["alpha2"]),
+        damped=bool(group["lam"]),
+        interval=interval_of(group),
+    )
+
+
+@cache
+def _cost(
+    dims: Size,
+    structures: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    has_m: bool,
+    damped: bool,
+    interval: int,
+) -> Cost:
+    axis_bytes: list[int] = []
+    kept_bytes = update_flops = step_flops = 0
+    for dim, name, dtype in zip(dims, structures, dtypes, strict=True):
+        structure, columns = structure_class(name), dims.numel() // max(dim, 1)
+        stored = structure.num_stored(dim)
+        axis_bytes.append(stored * dtype.itemsize * (2 if has_m else 1))
+        squared = squaring_pays(structure, dim, columns, interval)
+
+        product = structure.flops(dim, columns)  # with an unfolded gradient
+        among = structure.flops(dim, -(-stored // max(dim, 1)))  # of two of a kind
+        # A, H, Kᵀ K and K m
+        update_flops += 2 * product + (2 if damped else 1) * among
+        step_flops += product if squared else 2 * product
+        if squared and interval == 1:
+            step_flops += among
+        elif squared:
+            update_flops += among
+        if interval > 1 and (squared or dtype == torch.float16):
+            kept_bytes += stored * dtype.itemsize
+        if interval > 1 and dtype == torch.float16:
+            kept_bytes += torch.float32.itemsize  # its scale
+    return Cost(tuple(axis_bytes), kept_bytes, update_flops, step_flops)
+
+
+def momentum_bytes(unit: Unit, group: Mapping[str, Any]) -> int:
+    """Return the bytes of the momentum buffers of a unit's parameters."""
+    if not momentum_of(group):
+        return 0
+    return sum(p.numel() * p.element_size() for p in unit.params)
