@@ -40,17 +40,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class FromTrainerGroups(SIRFShampoo):
-    """Reads weight decay under the name that the Trainer writes into its groups."""
-
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        named = [
-            {"params": group["params"], "kappa": group["weight_decay"]}
-            for group in groups
-        ]
-        super().__init__(named, **options)
-
-
 def sequences(seed: int) -> list[dict[str, torch.Tensor]]:
     """Make texts in which the next token is 5 t + 3 (modulo the vocabulary)."""
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +63,7 @@ def make_trainer(route: str, folder: Path, *, steps: int, seed: int) -> Trainer:
         given = {"optimizer_cls_and_kwargs": (lambda: SIRFShampoo, OPTIONS)}
     else:  # the Trainer calls cls(groups, **options): no model, so say the batch size
         options = {**OPTIONS, "batch_size": BATCH * ACCUMULATE}
-        given = {"optimizer_cls_and_kwargs": (FromTrainerGroups, options)}
+        given = {"optimizer_cls_and_kwargs": (SIRFShampoo, options)}
     arguments = TrainingArguments(
         output_dir=str(folder / route),
         max_steps=steps,

@@ -79,12 +79,8 @@ def create_optimizer(
 def sirfshampoo_for_timm(
     groups: Iterable[dict[str, Any]], *, weight_decay: float, **options: Any
 ) -> SIRFShampoo:
-    """Translate timm's name of weight decay, and construct."""
-    named = [
-        {"params": group["params"], "kappa": group.get("weight_decay", weight_decay)}
-        for group in groups
-    ]
-    return SIRFShampoo(named, **options)
+    """Construct; in the groups, timm's name of weight decay is understood."""
+    return SIRFShampoo(groups, kappa=weight_decay, **options)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

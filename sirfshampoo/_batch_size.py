@@ -86,9 +86,9 @@ class BatchSizeCounter:
     """Counts the examples whose gradients accumulate between two optimizer steps.
 
     With a callable, a forward hook on the model announces the examples of each forward
-    pass; they count once gradients flow back from its outputs. So a batch that was
-    discarded does not count, and recomputed activations do not count twice. With an
-    integer it always returns that.
+    pass; they count once a backward pass from its outputs has changed gradients. So a
+    batch that was discarded does not count, and recomputed activations do not count
+    twice. With an integer it always returns that.
 
     Attributes:
         params: The trained parameters.
@@ -101,6 +101,7 @@ class BatchSizeCounter:
         self._counted = 0  # examples whose gradients are there
         self._announced = 0  # examples of training mode that await their gradients
         self._period = 0  # changes whenever the count is forgotten
+        self._arriving: list[_ForwardPass] | None = None  # in this backward pass
         if callable(batch_size):
             self._count = batch_size
             self._takes_keywords = _takes_keywords(batch_size)
@@ -133,8 +134,7 @@ class BatchSizeCounter:
             if training:
                 raise
             return  # evaluation need not fit what training needs
-        if self._counted and all(p.grad is None for p in self.params):
-            self.forget()
+        self._arriving = None  # a backward pass that failed never ends
         forward = _ForwardPass(size, announced=size if training else 0)
         self._announced += forward.announced
         counter = weakref.ref(self)
@@ -160,12 +160,32 @@ class BatchSizeCounter:
         return size
 
     def arrive(self, forward: _ForwardPass) -> None:
-        """Count the examples of a forward pass: gradients flow back from it."""
-        self._announced = max(self._announced - forward.announced, 0)
-        forward.announced = 0
-        if forward.period != self._period:
-            forward.period = self._period
-            self._counted += forward.size
+        """Note that gradients flow back from the outputs of a forward pass."""
+        if self._arriving is None:  # the first output in this backward pass
+            self._arriving = []
+            before = self._gradients()
+            if all(version is None for _, version in before):
+                self.forget()
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(_end, weakref.ref(self), before))  # type: ignore[no-untyped-call]
+        self._arriving.append(forward)
+
+    def end(self, before: list[tuple[int, int | None]]) -> None:
+        """Count what arrived, if the backward pass has changed ``.grad``."""
+        arrived, self._arriving = self._arriving or [], None
+        if self._gradients() == before:
+            return  # gradients with respect to something else
+        for forward in arrived:
+            self._announced = max(self._announced - forward.announced, 0)
+            forward.announced = 0
+            if forward.period != self._period:
+                forward.period = self._period
+                self._counted += forward.size
+
+    def _gradients(self) -> list[tuple[int, int | None]]:
+        """Return what changes with the present gradients."""
+        grads = [p.grad for p in self.params]
+        return [(id(g), None if g is None else g._version) for g in grads]
 
     # ------------------------------------------------------------------------- step
 
@@ -199,6 +219,15 @@ class BatchSizeCounter:
             self._last = size or self._last
             self._announced = 0
             self.forget()
+
+
+def _end(
+    counter: weakref.ref[BatchSizeCounter], before: list[tuple[int, int | None]]
+) -> None:
+    """End a backward pass for a counter that may be gone."""
+    present = counter()
+    if present is not None:
+        present.end(before)
 
 
 def _arrive(

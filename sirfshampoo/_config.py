@@ -18,7 +18,6 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What other optimizers call things, and what to write here.
 _FOREIGN = {
-    "weight_decay": "'kappa'",
     "momentum": "'alpha1'",
     "betas": "'alpha1' for the momentum, 'beta2' for the factors' learning rate",
     "eps": "'lam'",
@@ -131,9 +130,27 @@ OPTIONS = tuple(_CHECKS)
 CYCLED_MOMENTUM = "momentum"
 
 
-def momentum_of(group: Mapping[str, Any]) -> float:
-    """Return the momentum ``alpha1`` of a group, or what a scheduler put over it."""
-    return float(group.get(CYCLED_MOMENTUM, group["alpha1"]))
+def adopt_cycled_momentum(group: dict[str, Any]) -> None:
+    """Set a group's ``alpha1`` to what a scheduler has put beside it."""
+    if CYCLED_MOMENTUM in group:
+        group["alpha1"] = float(group[CYCLED_MOMENTUM])
+
+
+def with_kappa(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options with ``weight_decay``, torch's name, as ``kappa``.
+
+    Raises:
+        ValueError: If both are there and differ.
+    """
+    named = dict(options)
+    if "weight_decay" in named:
+        decay = named.pop("weight_decay")
+        if named.setdefault("kappa", decay) != decay:
+            raise ValueError(
+                "Argument 'weight_decay' is another name of 'kappa' and must not "
+                f"differ from it, got {decay!r} and {named['kappa']!r}."
+            )
+    return named
 
 
 def check_options(options: Mapping[str, Any]) -> None:

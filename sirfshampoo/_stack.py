@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sirfshampoo import _elementwise
-from sirfshampoo._config import momentum_of
 from sirfshampoo._costs import interval_of, squaring_pays
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
@@ -54,7 +53,7 @@ class Settings(NamedTuple):
         return cls(
             lr=float(group["lr"]),
             beta2=float(group["beta2"]),
-            alpha1=momentum_of(group),
+            alpha1=float(group["alpha1"]),
             alpha2=float(group["alpha2"]),
             lam=float(group["lam"]),
             kappa=float(group["kappa"]),
@@ -109,6 +108,7 @@ class Stack:
         self.step = torch.full(batch, step, dtype=torch.int64)
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
+        self._kinds = [(p.device, p.dtype) for p in first.params]
         self._elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
         # K Kᵀ of rows whose factors stay for several steps, and the rows where the
@@ -147,11 +147,16 @@ class Stack:
     def is_current(
         self, state: Mapping[Tensor, State], groups: Sequence[Mapping[str, Any]]
     ) -> bool:
-        """Return whether the state holds these rows and no momentum is missing."""
+        """Return whether the state holds these rows, and all that is needed.
+
+        A model may have been moved, or its type changed; a momentum, switched on.
+        """
         for unit in self.units:
             group = groups[unit.group]
+            if [(p.device, p.dtype) for p in unit.params] != self._kinds:
+                return False
             if (self.m is None and group["alpha2"]) or (
-                self.V is None and momentum_of(group)
+                self.V is None and group["alpha1"]
             ):
                 return False
         return all(
@@ -310,7 +315,7 @@ def stack_units(
     for unit in units:
         group = groups[unit.group]
         has_m = group["alpha2"] != 0 or "m0" in _prefixes(state, unit)
-        has_V = momentum_of(group) != 0 or "momentum_buffer" in _prefixes(state, unit)
+        has_V = group["alpha1"] != 0 or "momentum_buffer" in _prefixes(state, unit)
         key = (
             has_m,
             has_V,

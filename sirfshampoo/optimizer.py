@@ -17,10 +17,12 @@ from sirfshampoo._batch_size import BatchSizeCounter, get_batch_size
 from sirfshampoo._checkpoint import check_fit, with_code, without_code
 from sirfshampoo._config import (
     CYCLED_MOMENTUM,
+    adopt_cycled_momentum,
     check_batch_size,
     check_model,
     check_options,
     check_rule,
+    with_kappa,
 )
 from sirfshampoo._diagnostics import (
     diagnostics,
@@ -206,7 +208,8 @@ class SIRFShampoo(Optimizer):
 
         Args:
             param_group: ``'params'`` and any of the constructor's options from ``lr``
-                to ``combine_params``.
+                to ``combine_params``. Frameworks write ``weight_decay`` into groups:
+                it is taken as ``kappa``.
 
         Raises:
             ValueError: If an option is wrong, a parameter is trained already, or no
@@ -218,6 +221,7 @@ class SIRFShampoo(Optimizer):
                 "Argument 'param_group' must be a dictionary with the key 'params', "
                 f"got {param_group!r}."
             )
+        param_group = with_kappa(param_group)
         check_options(param_group)
         params = param_group["params"]
         if not isinstance(params, (Tensor, set)):  # these two are the base class'
@@ -324,6 +328,8 @@ class SIRFShampoo(Optimizer):
             warn_of_missing_gradients(self._units, self._unit_names(), partly_missing)
         if self.debug:
             warn_of_non_finite_gradients(self._units, self._unit_names())
+        for group in self.param_groups:
+            adopt_cycled_momentum(group)
         settings = [
             Settings.of_group(group, due=due) if has_gradients else None
             for group, due, has_gradients in zip(

@@ -187,7 +187,7 @@ def test_bad_model_is_refused(value: Any) -> None:
         SIRFShampoo(value)
 
 
-@pytest.mark.parametrize("name", ["weight_decay", "momentum", "betas", "eps"])
+@pytest.mark.parametrize("name", ["momentum", "betas", "eps", "damping"])
 def test_option_of_another_optimizer_is_refused_not_ignored(name: str) -> None:
     net = model()
     with pytest.raises(ValueError, match=f"'{name}' is not an option"):
@@ -246,3 +246,16 @@ def test_verbose_init_prints_the_summary(capsys: Any) -> None:
     SIRFShampoo(model(), structures=structures, verbose_init=True)
     told = str(sirfshampoo.summary(model(), structures=structures))
     assert capsys.readouterr().out == told + "\n"
+
+
+def test_weight_decay_in_a_group_is_kappa() -> None:
+    net = model()
+    weights, rest = [net[0].weight], [net[0].bias]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": rest}]
+    optimizer = SIRFShampoo(net, groups, kappa=0.3)
+    assert [group["kappa"] for group in optimizer.param_groups] == [0.1, 0.3]
+    assert all("weight_decay" not in group for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match=r"'weight_decay'.*0.1 and 0.2"):
+        SIRFShampoo(net, [{"params": weights, "weight_decay": 0.1, "kappa": 0.2}])
+    with pytest.raises(ValueError, match=r"'kappa'.*-1"):
+        SIRFShampoo(net, [{"params": weights, "weight_decay": -1}])

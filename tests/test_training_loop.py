@@ -398,3 +398,20 @@ def test_diagnostics_tell_what_a_step_did(alpha1: float) -> None:
     optimizer.zero_grad()
     rms = optimizer.diagnostics()["0.weight+0.bias/update_rms"]
     assert (rms != rms) == (alpha1 == 0.0)  # NaN: nothing tells of the last update
+
+
+@pytest.mark.parametrize("structures", ["diagonal", "dense"])
+def test_the_state_follows_a_model_whose_type_changes(structures: str) -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3, structures=structures, **FAST)
+    draw_gradients(net)
+    optimizer.step()
+    kept = optimizer.state[net[0].weight]["momentum_buffer"].clone()
+    net.double()
+    draw_gradients(net)
+    optimizer.state_dict()
+    buffer = optimizer.state[net[0].weight]["momentum_buffer"]
+    assert buffer.dtype == torch.float64
+    assert torch.equal(buffer, kept.double())
+    optimizer.step()
+    assert optimizer.state[net[0].weight]["step"] == 2
