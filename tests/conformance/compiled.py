@@ -1,0 +1,178 @@
+"""Models that `torch.compile` has compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from .row import Contestant, Section
+from .training import batches, new_model, plain_path, same, stray_batch, train, vector
+
+SECTION = Section("`torch.compile` of the model")
+row = SECTION.row
+
+
+class Net(nn.Module):
+    """A root that is no `nn.Sequential`."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = new_model() if net is None else net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def check_compiled(
+    make: Contestant,
+    build: Callable[[Contestant, nn.Module, Any], tuple[Any, Any]],
+    model: nn.Module,
+) -> None:
+    """Check that training is that of the plain loop, and compiles in its first steps.
+
+    Args:
+        make: Builds the optimizer.
+        build: Returns what is called to predict, and the optimizer.
+        model: The net.
+    """
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    data = batches(8)
+    try:
+        forward, optimizer = build(make, model, counter)
+        path = [train(model, optimizer, data[:3], forward)]
+        compiled = counter.frame_count
+        assert compiled, "Nothing was compiled."
+        with torch.compiler.set_stance("fail_on_recompile"):
+            path.append(train(model, optimizer, data[3:], forward))
+        assert counter.frame_count == compiled
+    finally:
+        torch._dynamo.reset()
+    same(torch.cat(path), plain_path(make, data))
+
+
+def before(make: Contestant, model: nn.Module, backend: Any) -> tuple[Any, Any]:
+    """Compile, then give the compiled model to the optimizer."""
+    forward = torch.compile(model, backend=backend)
+    return forward, make(forward)
+
+
+def after(make: Contestant, model: nn.Module, backend: Any) -> tuple[Any, Any]:
+    """Give the model to the optimizer, then compile it."""
+    optimizer = make(model)
+    return torch.compile(model, backend=backend), optimizer
+
+
+def beside(make: Contestant, model: nn.Module, backend: Any) -> tuple[Any, Any]:
+    """Compile, then give the original to the optimizer."""
+    forward = torch.compile(model, backend=backend)
+    return forward, make(model)
+
+
+def in_place(make: Contestant, model: nn.Module, backend: Any) -> tuple[Any, Any]:
+    """Let the model compile itself."""
+    optimizer = make(model)
+    model.compile(backend=backend)
+    return model, optimizer
+
+
+WAYS = {
+    "compiled before construction": before,
+    "compiled after construction": after,
+    "compiled, the optimizer gets the original": beside,
+    "`model.compile()` in place": in_place,
+}
+ROOTS: dict[str, Callable[[], nn.Module]] = {
+    "own module": Net,
+    "`nn.Sequential`": new_model,
+}
+
+
+def add_ways() -> None:
+    """Add a row for each way of compiling and each root."""
+    for way, build in WAYS.items():
+        for root, model in ROOTS.items():
+            if build is in_place and model is not Net:
+                continue  # torch itself compiles nothing there
+
+            @row(f"{root}, {way}")
+            def compiled(
+                make: Contestant, build: Any = build, model: Any = model
+            ) -> None:
+                check_compiled(make, build, model())
+
+
+add_ways()
+
+
+@row("`backend=\"aot_eager\"`")
+def aot_eager(make: Contestant) -> None:
+    torch._dynamo.reset()
+    data, model = batches(5), new_model()
+    optimizer = make(model)
+    forward = torch.compile(model, backend="aot_eager")
+    found = train(model, optimizer, data, forward)
+    torch._dynamo.reset()
+    same(found, plain_path(make, data), tolerance=1e-5)
+
+
+@row("A compiled submodule of an eager model")
+def submodule(make: Contestant) -> None:
+    def build(make: Contestant, model: Any, backend: Any) -> tuple[Any, Any]:
+        optimizer = make(model)
+        model.net.compile(backend=backend)
+        return model, optimizer
+
+    check_compiled(make, build, Net(Net()))
+
+
+@row("Other batch sizes (`dynamic`), training and evaluation in turn")
+def dynamic(make: Contestant) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    data = [batches(1, size, seed=size)[0] for size in (5, 5, 9, 2, 7, 3, 11, 4)]
+    model, twin = new_model(), new_model()
+    optimizer = make(model)
+    forward = torch.compile(model, backend=counter, dynamic=True)
+    path = []
+    for batch in data:
+        model.eval()
+        with torch.no_grad():
+            forward(stray_batch()[0])
+        model.train()
+        train(model, optimizer, [batch], forward)
+        path.append(vector(model))
+        if len(path) == 4:
+            compiled = counter.frame_count
+    assert counter.frame_count == compiled > 0
+    torch._dynamo.reset()
+    told = iter([len(x) for x, _ in data])
+    other = make(twin, batch_size=lambda inputs: next(told))
+    same(torch.stack(path), train(twin, other, data), tolerance=1e-5)
+
+
+@row("A discarded compiled forward pass does not count")
+def discarded(make: Contestant) -> None:
+    torch._dynamo.reset()
+    data, model = batches(5), new_model()
+    optimizer = make(model)
+    forward = torch.compile(model, backend="eager")
+    path = []
+    for batch in data:
+        forward(stray_batch()[0])
+        path.append(train(model, optimizer, [batch], forward)[0])
+    torch._dynamo.reset()
+    same(torch.stack(path), plain_path(make, data), tolerance=1e-5)
+
+
+@row("`fullgraph=True`")
+def fullgraph(make: Contestant) -> None:
+    def build(make: Contestant, model: Any, backend: Any) -> tuple[Any, Any]:
+        optimizer = make(model)
+        return torch.compile(model, backend=backend, fullgraph=True), optimizer
+
+    check_compiled(make, build, new_model())
