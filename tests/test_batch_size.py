@@ -136,11 +136,11 @@ def test_step_without_a_count_is_an_error_that_changes_nothing(
 def test_integer_installs_no_hook_and_an_optimizer_takes_its_hook_along() -> None:
     model = nn.Linear(3, 2)
     SIRFShampoo(model, batch_size=3)
-    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
     optimizer = SIRFShampoo(model)
-    assert len(model._forward_pre_hooks) == 1
+    assert len(model._forward_hooks) == 1
     for _ in range(3):
         optimizer = SIRFShampoo(model)
-    assert len(model._forward_pre_hooks) == 1
+    assert len(model._forward_hooks) == 1
     del optimizer
-    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
