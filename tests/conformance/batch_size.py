@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .training import (
     batches,
     gradients,
     loss_of,
+    mentions,
     new_model,
     params_of,
     plain_path,
@@ -97,6 +99,18 @@ def discarded_by_model(make: Contestant) -> None:
     check_before_step(make, discard, "before forward")
 
 
+@row("The same, with `model.zero_grad()` between forward and backward")
+def discarded_by_model_late(make: Contestant) -> None:
+    def iteration(model: nn.Module, optimizer: Any, batch: Batch) -> None:
+        loss_of(model, stray_batch()).backward()
+        loss = loss_of(model, batch)
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    check_loop(make, iteration)
+
+
 @row("A forward pass under `no_grad` or `inference_mode` does not count")
 def without_gradients(make: Contestant) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
@@ -130,6 +144,55 @@ def input_gradients(make: Contestant) -> None:
 
     for when in ("before forward", "before step"):
         check_before_step(make, look, when)
+
+
+@row("Gradients by `autograd.grad`, put into `.grad`")
+def put_gradients(make: Contestant) -> None:
+    def iteration(model: nn.Module, optimizer: Any, batch: Batch) -> None:
+        params = list(model.parameters())
+        grads = torch.autograd.grad(loss_of(model, batch), params)
+        for p, gradient in zip(params, grads, strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+    check_loop(make, iteration)
+
+
+@row("Gradients by `torch.func.grad`: counted, or an error that says how")
+def functional_gradients(make: Contestant) -> None:
+    def iteration(model: nn.Module, optimizer: Any, batch: Batch) -> None:
+        params = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return loss_of(partial(torch.func.functional_call, model, values), batch)
+
+        for name, gradient in torch.func.grad(loss)(params).items():
+            model.get_parameter(name).grad = gradient
+        optimizer.step()
+
+    try:
+        check_loop(make, iteration)
+    except RuntimeError as error:
+        mentions(error, "pass 'batch_size' as an integer")
+
+
+@row("A gradient penalty: both backward passes count once")
+def penalty(make: Contestant) -> None:
+    paths = []
+    for told in ({"batch_size": SIZE}, {}):
+        model = new_model()
+        optimizer = make(model, **told)
+        path = []
+        for batch in batches(4):
+            x = batch[0].clone().requires_grad_()
+            optimizer.zero_grad()
+            loss = loss_of(model, (x, batch[1]))
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + slope.square().sum()).backward()
+            optimizer.step()
+            path.append(vector(model))
+        paths.append(torch.stack(path))
+    same(paths[1], paths[0])
 
 
 @row("Training in evaluation mode")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from .row import Contestant, Section
-from .training import batches, new_model, plain_path, same, stray_batch, train, vector
+from .training import batches, new_model, plain_path, same, stray_batch, train
 
 SECTION = Section("`torch.compile` of the model")
 row = SECTION.row
@@ -27,6 +29,20 @@ class Net(nn.Module):
         return self.net(x)
 
 
+@contextmanager
+def fresh_compiler() -> Iterator[None]:
+    """Start and end with nothing compiled."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # torch looks for gradients of what crosses a graph break, and hides the
+        # warning of it by a means that comes too late for warnings that are errors
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
+
+
 def check_compiled(
     make: Contestant,
     build: Callable[[Contestant, nn.Module, Any], tuple[Any, Any]],
@@ -39,10 +55,9 @@ def check_compiled(
         build: Returns what is called to predict, and the optimizer.
         model: The net.
     """
-    torch._dynamo.reset()
     counter = CompileCounter()
     data = batches(8)
-    try:
+    with fresh_compiler():
         forward, optimizer = build(make, model, counter)
         path = [train(model, optimizer, data[:3], forward)]
         compiled = counter.frame_count
@@ -50,8 +65,6 @@ def check_compiled(
         with torch.compiler.set_stance("fail_on_recompile"):
             path.append(train(model, optimizer, data[3:], forward))
         assert counter.frame_count == compiled
-    finally:
-        torch._dynamo.reset()
     same(torch.cat(path), plain_path(make, data))
 
 
@@ -109,14 +122,13 @@ def add_ways() -> None:
 add_ways()
 
 
-@row("`backend=\"aot_eager\"`")
+@row('`backend="aot_eager"`')
 def aot_eager(make: Contestant) -> None:
-    torch._dynamo.reset()
     data, model = batches(5), new_model()
     optimizer = make(model)
-    forward = torch.compile(model, backend="aot_eager")
-    found = train(model, optimizer, data, forward)
-    torch._dynamo.reset()
+    with fresh_compiler():
+        forward = torch.compile(model, backend="aot_eager")
+        found = train(model, optimizer, data, forward)
     same(found, plain_path(make, data), tolerance=1e-5)
 
 
@@ -132,24 +144,21 @@ def submodule(make: Contestant) -> None:
 
 @row("Other batch sizes (`dynamic`), training and evaluation in turn")
 def dynamic(make: Contestant) -> None:
-    torch._dynamo.reset()
     counter = CompileCounter()
     data = [batches(1, size, seed=size)[0] for size in (5, 5, 9, 2, 7, 3, 11, 4)]
     model, twin = new_model(), new_model()
     optimizer = make(model)
     forward = torch.compile(model, backend=counter, dynamic=True)
-    path = []
-    for batch in data:
-        model.eval()
-        with torch.no_grad():
-            forward(stray_batch()[0])
-        model.train()
-        train(model, optimizer, [batch], forward)
-        path.append(vector(model))
-        if len(path) == 4:
-            compiled = counter.frame_count
-    assert counter.frame_count == compiled > 0
-    torch._dynamo.reset()
+    path, compiled = [], []
+    with fresh_compiler():
+        for batch in data:
+            model.eval()
+            with torch.no_grad():
+                forward(stray_batch()[0])
+            model.train()
+            path.append(train(model, optimizer, [batch], forward)[0])
+            compiled.append(counter.frame_count)
+    assert compiled[3] == compiled[-1] > 0, compiled
     told = iter([len(x) for x, _ in data])
     other = make(twin, batch_size=lambda inputs: next(told))
     same(torch.stack(path), train(twin, other, data), tolerance=1e-5)
@@ -157,15 +166,14 @@ def dynamic(make: Contestant) -> None:
 
 @row("A discarded compiled forward pass does not count")
 def discarded(make: Contestant) -> None:
-    torch._dynamo.reset()
     data, model = batches(5), new_model()
     optimizer = make(model)
     forward = torch.compile(model, backend="eager")
     path = []
-    for batch in data:
-        forward(stray_batch()[0])
-        path.append(train(model, optimizer, [batch], forward)[0])
-    torch._dynamo.reset()
+    with fresh_compiler():
+        for batch in data:
+            forward(stray_batch()[0])
+            path.append(train(model, optimizer, [batch], forward)[0])
     same(torch.stack(path), plain_path(make, data), tolerance=1e-5)
 
 

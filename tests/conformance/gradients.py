@@ -31,7 +31,7 @@ def check_poison(make: Contestant, value: float) -> None:
     """Check that one bad entry in one step rests one parameter, and leaves no trace."""
     model, twin = new_model(), new_model()
     optimizer, other = make(model, batch_size=SIZE), make(twin, batch_size=SIZE)
-    bad = list(model.parameters())[0]
+    bad = next(iter(model.parameters()))
     for step in range(6):
         gradients(list(model.parameters()), step)
         gradients(list(twin.parameters()), step)
@@ -129,13 +129,13 @@ def scaled_path(make: Contestant, scale: float, dtype: Any, **options: Any) -> A
 
 
 #: How far the end may be from that of float64, relative to the way.
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 def check_scale(make: Contestant, scale: float, dtype: torch.dtype) -> None:
     """Check 50 steps of small, huge or tiny gradients beside those in float64."""
-    # the step follows the size of the gradient, the model shall not leave float32
-    lr = 0.05 * min(1.0, 1 / scale)
+    # the step follows the size of the gradient: parameters shall visibly move
+    lr = 0.05 / scale
     ours = make.name == OURS.name
     options: dict[str, Any] = {"lr": lr} if ours else {}
     factors = {"preconditioner_dtypes": dtype} if ours else {}

@@ -21,6 +21,7 @@ from .training import (
     batches,
     gradients,
     loss_of,
+    mentions,
     new_model,
     params_of,
     plain_path,
@@ -122,7 +123,7 @@ def maximize_option(make: Contestant) -> None:
     try:
         optimizer = make(model, batch_size=SIZE, maximize=True)
     except TypeError as error:
-        assert "maximize" in str(error), error
+        mentions(error, "maximize")
         return
     gradients(params_of(optimizer), 0)
     optimizer.step()
@@ -222,12 +223,12 @@ def closure(make: Contestant) -> None:
     try:
         loss = optimizer.step(evaluate)
     except NotImplementedError as error:
-        assert "closure" in str(error), error
-        assert torch.equal(vector(model), before)
-        assert all(p.grad is None for p in model.parameters())
-        return
-    assert loss.item() > 0
-    assert torch.equal(vector(model), plain_path(make, [batch])[0])
+        mentions(error, "closure")
+        expected = before
+    else:
+        assert loss.item() > 0
+        expected = plain_path(make, [batch])[0]
+    assert torch.equal(vector(model), expected)
 
 
 def count_tensors() -> int:

@@ -16,6 +16,7 @@ from .training import (
     batches,
     gradients,
     loss_of,
+    mentions,
     new_model,
     params_of,
     plain_path,
@@ -302,7 +303,8 @@ def channels_last(make: Contestant) -> None:
         for seed in range(4):
             gradients(params, seed)
             for p in params:
-                p.grad = p.grad.contiguous(memory_format=layout) if p.ndim == 4 else p.grad
+                if p.ndim == 4:
+                    p.grad = p.grad.contiguous(memory_format=layout)
             optimizer.step()
             path.append(vector(params))
         paths.append(torch.stack(path))
@@ -318,8 +320,7 @@ def complex_parameters(make: Contestant) -> None:
     try:
         optimizer = make(model, batch_size=SIZE)
     except ValueError as error:
-        assert "wave" in str(error), error
-        assert "complex" in str(error), error
+        mentions(error, "wave", "complex")
         return
     model.wave.grad = torch.ones(3, dtype=torch.complex64)
     optimizer.step()
@@ -333,7 +334,7 @@ def outside(make: Contestant) -> None:
     try:
         optimizer = make(model, [*model.parameters(), extra], batch_size=SIZE)
     except ValueError as error:
-        assert "model" in str(error), error
+        mentions(error, "model")
         return
     found = train_by_hand(optimizer, [extra], range(4))
     alone = nn.Parameter(torch.ones(3, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,11 +112,18 @@ def same(found: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
     """
     assert found.shape == expected.shape, f"{found.shape} is not {expected.shape}"
     assert found.isfinite().all(), "Numbers are not finite."
-    for earlier, later in zip(expected[:-1], expected[1:], strict=True):
+    for earlier, later in pairwise(expected):
         assert not torch.equal(earlier, later), "A step moved nothing."
     largest = expected.abs().max().item()
     gap = (found - expected).abs().max().item() / largest
     assert gap <= tolerance, f"The paths differ by {gap:.1e} of the largest number."
+
+
+def mentions(error: Exception, *words: str) -> None:
+    """Demand that the message of an error holds all the words."""
+    missing = [word for word in words if word not in str(error)]
+    if missing:
+        raise AssertionError(f"{error!r} does not mention {missing}.")
 
 
 @contextmanager
@@ -124,7 +132,6 @@ def refused(errors: Any, *words: str) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        missing = [word for word in words if word not in str(error)]
-        assert not missing, f"{error!r} does not mention {missing}."
+        mentions(error, *words)
     else:
         raise AssertionError(f"Nothing was refused; expected {errors}.")
