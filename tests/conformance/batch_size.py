@@ -383,6 +383,48 @@ def loss_output(make: Contestant) -> None:
     same(torch.stack(path), plain_path(make, data))
 
 
+@row("Outputs: changed in place afterwards")
+def changed_output(make: Contestant) -> None:
+    data, model = batches(4), new_model()
+
+    def forward(x: Tensor) -> Tensor:
+        out = model(x)
+        out.mul_(2)
+        out[:, 0] += 1
+        out[:, 0] -= 1
+        return out.div_(2)
+
+    found = train(model, make(model), data, forward)
+    same(found, plain_path(make, data), tolerance=1e-5)
+
+
+class Keeping(nn.Module):
+    """A net that keeps its loss and returns what is cut off from the graph."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.net(x)
+        self.loss = nn.functional.mse_loss(out, y)
+        return out.detach()
+
+
+@row("Outputs: cut off from the graph, the loss kept in the model")
+def kept_loss(make: Contestant) -> None:
+    data, path = batches(4), []
+    model = Keeping(new_model())
+    optimizer = make(model)
+    for batch in data:
+        optimizer.zero_grad()
+        model(*batch)
+        model.loss.backward()
+        optimizer.step()
+        path.append(vector(model))
+    same(torch.stack(path), plain_path(make, data))
+
+
 @row("A `batch_size` callable gets the tuple of positional inputs", only=OURS)
 def callable_of_inputs(make: Contestant) -> None:
     seen: list[Any] = []

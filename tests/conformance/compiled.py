@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from .row import Contestant, Section
-from .training import batches, new_model, plain_path, same, stray_batch, train
+from .training import (
+    SIZE,
+    batches,
+    new_model,
+    plain_path,
+    same,
+    stray_batch,
+    train,
+    vector,
+)
 
-SECTION = Section("`torch.compile` of the model")
+SECTION = Section("Compiled, exported and converted models")
 row = SECTION.row
 
 
@@ -112,7 +121,7 @@ def add_ways() -> None:
             if build is in_place and model is not Net:
                 continue  # torch itself compiles nothing there
 
-            @row(f"{root}, {way}")
+            @row(f"`torch.compile`: {root}, {way}")
             def compiled(
                 make: Contestant, build: Any = build, model: Any = model
             ) -> None:
@@ -122,7 +131,7 @@ def add_ways() -> None:
 add_ways()
 
 
-@row('`backend="aot_eager"`')
+@row('`torch.compile(backend="aot_eager")`')
 def aot_eager(make: Contestant) -> None:
     data, model = batches(5), new_model()
     optimizer = make(model)
@@ -132,7 +141,7 @@ def aot_eager(make: Contestant) -> None:
     same(found, plain_path(make, data), tolerance=1e-5)
 
 
-@row("A compiled submodule of an eager model")
+@row("`torch.compile` of a submodule alone")
 def submodule(make: Contestant) -> None:
     def build(make: Contestant, model: Any, backend: Any) -> tuple[Any, Any]:
         optimizer = make(model)
@@ -142,7 +151,7 @@ def submodule(make: Contestant) -> None:
     check_compiled(make, build, Net(Net()))
 
 
-@row("Other batch sizes (`dynamic`), training and evaluation in turn")
+@row("`torch.compile(dynamic=True)`, training and evaluation in turn")
 def dynamic(make: Contestant) -> None:
     counter = CompileCounter()
     data = [batches(1, size, seed=size)[0] for size in (5, 5, 9, 2, 7, 3, 11, 4)]
@@ -164,7 +173,7 @@ def dynamic(make: Contestant) -> None:
     same(torch.stack(path), train(twin, other, data), tolerance=1e-5)
 
 
-@row("A discarded compiled forward pass does not count")
+@row("`torch.compile`: a discarded forward pass does not count")
 def discarded(make: Contestant) -> None:
     data, model = batches(5), new_model()
     optimizer = make(model)
@@ -177,7 +186,66 @@ def discarded(make: Contestant) -> None:
     same(torch.stack(path), plain_path(make, data), tolerance=1e-5)
 
 
-@row("`fullgraph=True`")
+@row("`torch.export` while the optimizer lives")
+def exported(make: Contestant) -> None:
+    data, model = batches(4), new_model()
+    optimizer = make(model)
+    path = [train(model, optimizer, data[:2])]
+    with fresh_compiler():
+        program = torch.export.export(model, (stray_batch()[0],))
+    with torch.no_grad():
+        x = stray_batch()[0]
+        assert torch.equal(program.module()(x), model(x))
+    path.append(train(model, optimizer, data[2:]))
+    same(torch.cat(path), plain_path(make, data))
+
+
+@row("`torch.fx.symbolic_trace` while the optimizer lives")
+def traced(make: Contestant) -> None:
+    data, model = batches(4), Net()
+    optimizer = make(model)
+    path = [train(model, optimizer, data[:2])]
+    graph = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        x = stray_batch()[0]
+        assert torch.equal(graph(x), model(x))
+    path.append(train(model, optimizer, data[2:]))
+    same(torch.cat(path), plain_path(make, data))
+
+
+def check_converted(make: Contestant, convert: Callable[[nn.Module], Any]) -> None:
+    """Check that converting after construction equals converting before."""
+    paths = []
+    for early in (True, False):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Tanh(), nn.Conv2d(5, 2, 2))
+        if early:
+            convert(model)
+        optimizer = make(model)
+        if not early:
+            convert(model)
+        path = []
+        x = torch.randn(SIZE, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x.to(model[0].weight)).square().mean().backward()
+            optimizer.step()
+            path.append(vector(model))
+        paths.append(torch.stack(path))
+    same(paths[1], paths[0], tolerance=1e-5)
+
+
+@row("`model.double()` after construction")
+def doubled(make: Contestant) -> None:
+    check_converted(make, lambda model: model.double())
+
+
+@row("`model.to(memory_format=torch.channels_last)` after construction")
+def laid_out(make: Contestant) -> None:
+    check_converted(make, lambda model: model.to(memory_format=torch.channels_last))
+
+
+@row("`torch.compile(fullgraph=True)`")
 def fullgraph(make: Contestant) -> None:
     def build(make: Contestant, model: Any, backend: Any) -> tuple[Any, Any]:
         optimizer = make(model)

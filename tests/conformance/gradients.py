@@ -92,6 +92,19 @@ def counter(make: Contestant) -> None:
     assert all(optimizer.state[p]["skipped"] == 0 for p in rest)
 
 
+@row("A step waits for no device: it runs where there are no numbers to read")
+def no_waiting(make: Contestant) -> None:
+    model = new_model().to("meta")  # reading a number raises there
+    optimizer = make(model, batch_size=SIZE)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    for p in model.parameters():
+        assert optimizer.state[p]["step"] == 3
+        assert p.is_meta
+
+
 @row("`optimizer.debug = True` names the parameters", only=OURS)
 def debug(make: Contestant) -> None:
     model = new_model()

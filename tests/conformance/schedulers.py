@@ -198,7 +198,7 @@ def resumed(make: Contestant) -> None:
     def start() -> tuple[nn.Module, Any, Any]:
         model = new_model()
         optimizer = make(model, batch_size=SIZE)
-        return model, optimizer, one_cycle(optimizer, False)
+        return model, optimizer, one_cycle(optimizer, True)
 
     def go_on(run: tuple[nn.Module, Any, Any], data: Any) -> torch.Tensor:
         path = []
