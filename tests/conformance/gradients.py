@@ -123,37 +123,45 @@ def debug(make: Contestant) -> None:
     assert "0.weight" not in str(warning.message), warning.message
 
 
-def scaled_path(make: Contestant, scale: float, dtype: Any, **options: Any) -> Any:
-    """Take steps with gradients far from normal; each must move every parameter."""
+def scaled_path(
+    make: Contestant, scale: float, dtype: torch.dtype, **options: Any
+) -> tuple[torch.Tensor, bool]:
+    """Take steps with gradients far from normal; everything must stay finite.
+
+    Returns:
+        The last parameters, and whether every step moved every parameter.
+    """
     model = new_model().to(dtype)
+    if make.name == OURS.name:
+        # its step follows the size of the gradient: parameters shall visibly move
+        options["lr"] = 0.05 / scale
     optimizer = make(model, batch_size=SIZE, **options)
     params = params_of(optimizer)
+    moved = True
     for step in range(50):
         gradients(params, step, scale)
         before = [p.detach().clone() for p in params]
         optimizer.step()
         for p, earlier in zip(params, before, strict=True):
             assert p.isfinite().all(), f"Step {step} made a parameter infinite or NaN."
-            assert not torch.equal(p, earlier), f"Step {step} moved nothing."
+            moved &= not torch.equal(p, earlier)
     for entries in optimizer.state.values():
         for key, tensor in entries.items():
             assert tensor.isfinite().all(), f"{key} is not finite."
-    return vector(model)
+    return vector(model), moved
 
 
 #: How far the end may be from that of float64, relative to the way.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
-def check_scale(make: Contestant, scale: float, dtype: torch.dtype) -> None:
-    """Check 50 steps of small, huge or tiny gradients beside those in float64."""
-    # the step follows the size of the gradient: parameters shall visibly move
-    lr = 0.05 / scale
-    ours = make.name == OURS.name
-    options: dict[str, Any] = {"lr": lr} if ours else {}
-    factors = {"preconditioner_dtypes": dtype} if ours else {}
-    found = scaled_path(make, scale, torch.float32, **options, **factors)
-    expected = scaled_path(make, scale, torch.float64, **options)
+def check_effect(
+    make: Contestant, scale: float, dtype: torch.dtype, **options: Any
+) -> None:
+    """Check that every step counts, and leads where one in float64 does."""
+    found, moved = scaled_path(make, scale, torch.float32, **options)
+    assert moved, "A step moved nothing."
+    expected, _ = scaled_path(make, scale, torch.float64)
     way = (expected - vector(new_model())).norm()
     gap = ((found - expected).norm() / way).item()
     assert gap < CLOSE[dtype], f"The end is {gap:.1e} of the way from that of float64."
@@ -163,17 +171,24 @@ def add_scales() -> None:
     """Add rows for gradients far from normal; AdamW has no factors."""
     for text, scale in (("10⁶", 1e6), ("10²⁰", 1e20), ("10⁻⁹", 1e-9)):
         for dtype in CLOSE:
-            name = str(dtype).removeprefix("torch.")
             only = None if dtype is torch.float32 else OURS
-            title = f"Gradients × {text}" + (f", {name} factors" if only else "")
+            factors = f", {str(dtype).removeprefix('torch.')} factors" if only else ""
+            options = {"preconditioner_dtypes": dtype} if only else {}
 
-            @row(title, only=only)
-            def far_from_normal(
+            @row(f"Gradients × {text}{factors}: all finite", only=only)
+            def finite(
+                make: Contestant, scale: float = scale, options: Any = options
+            ) -> None:
+                scaled_path(make, scale, torch.float32, **options)
+
+            @row(f"Gradients × {text}{factors}: steps as in float64", only=only)
+            def effect(
                 make: Contestant,
                 scale: float = scale,
                 dtype: torch.dtype = dtype,
+                options: Any = options,
             ) -> None:
-                check_scale(make, scale, dtype)
+                check_effect(make, scale, dtype, **options)
 
 
 add_scales()
