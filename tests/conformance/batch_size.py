@@ -99,7 +99,7 @@ def discarded_by_model(make: Contestant) -> None:
     check_before_step(make, discard, "before forward")
 
 
-@row("The same, with `model.zero_grad()` between forward and backward")
+@row("Discarded by `model.zero_grad()` between forward and backward")
 def discarded_by_model_late(make: Contestant) -> None:
     def iteration(model: nn.Module, optimizer: Any, batch: Batch) -> None:
         loss_of(model, stray_batch()).backward()

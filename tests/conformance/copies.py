@@ -255,7 +255,7 @@ def many_optimizers(make: Contestant) -> None:
     with_one = count_hooks(model)
     for _ in range(100):
         optimizer = make(model)
-        train(model, optimizer, batches(1))
+    train(model, optimizer, batches(1))
     gc.collect()
     assert count_hooks(model) == with_one
     del optimizer
