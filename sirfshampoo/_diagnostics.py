@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sirfshampoo._stack import Stack
 from sirfshampoo._units import Unit
-from sirfshampoo._update import precondition
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.
 _TO_USER = 5
@@ -52,8 +51,8 @@ def _of_row(stack: Stack, row: int, lr: float) -> dict[str, Tensor]:
     zero = torch.zeros((), dtype=torch.float32, device=stack.skipped.device)
     direction = momentum = [V_j[row].flatten() for V_j in stack.V or []]
     if not momentum and unit.has_gradients():
-        factors = stack.preconditioners(slice(row, row + 1), interval=1)
-        direction = [precondition(factors, unit.joint_gradient().unsqueeze(0))]
+        G = unit.joint_gradient().unsqueeze(0)
+        direction = [stack.precondition(slice(row, row + 1), G)]
     norms = [torch.linalg.vector_norm(t, dtype=zero.dtype) for t in direction]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else zero / zero
     return {

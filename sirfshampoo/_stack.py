@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sirfshampoo import _elementwise
 from sirfshampoo._config import momentum_of
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
@@ -21,6 +23,7 @@ from sirfshampoo._update import (
 from sirfshampoo.combiner import PerParameter
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 from sirfshampoo.structures.base import accumulation_dtype
+from sirfshampoo.structures.diagonal import DiagonalMatrix
 
 State = dict[str, Tensor]
 
@@ -111,6 +114,7 @@ class Stack:
         self.step = torch.full(batch, step, dtype=torch.int64)
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
+        self._elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
         # K Kᵀ of rows whose factors stay for several steps, and the rows where the
         # factors have changed since
@@ -182,23 +186,12 @@ class Stack:
     ) -> None:
         """Update factors (if due), momenta and parameters of a run of rows."""
         units = self.units[rows]
-        lr, beta2, alpha1, alpha2, lam, kappa, due, interval = settings
-
         G = _stacked([unit.joint_gradient() for unit in units])
         moves = None
-        if due:
-            moves = update_factors(
-                self._part(self.K, rows),
-                None if self.m is None else self._part(self.m, rows),
-                G,
-                batch_size=batch_size,
-                beta2=beta2,
-                alpha2=alpha2,
-                lam=lam,
-                workspace=workspace,
-            )
+        if settings.due:
+            moves = self._update(rows, settings, G, batch_size, workspace)
             self._outdated.update(range(rows.start, rows.stop))
-        U = precondition(self.preconditioners(rows, interval), G)
+        U = self.precondition(rows, G, interval=settings.interval)
         # one entry that is not finite makes the sum so
         finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
         moves = unless_all(finite if moves is None else moves & finite)
@@ -211,10 +204,44 @@ class Stack:
                 None if self.V is None else self.V[j][rows],
                 U_j,
                 moves=moves,
-                lr=lr,
-                alpha1=alpha1,
-                kappa=kappa,
+                lr=settings.lr,
+                alpha1=settings.alpha1,
+                kappa=settings.kappa,
             )
+
+    def _update(
+        self,
+        rows: slice,
+        settings: Settings,
+        G: Tensor,
+        batch_size: int,
+        workspace: Workspace,
+    ) -> Tensor | None:
+        """Update the factors of a run of rows; return which rows moved (None: all)."""
+        update = partial(update_factors, workspace=workspace)
+        if self._elementwise:
+            update = _elementwise.update_factors  # type: ignore[assignment]
+        return update(
+            self._part(self.K, rows),
+            None if self.m is None else self._part(self.m, rows),
+            G,
+            batch_size=batch_size,
+            beta2=settings.beta2,
+            alpha2=settings.alpha2,
+            lam=settings.lam,
+        )
+
+    def precondition(self, rows: slice, G: Tensor, *, interval: int = 1) -> Tensor:
+        """Return the pre-conditioned gradients ``[rows, *dims]`` of a run of rows.
+
+        Args:
+            rows: The rows.
+            G: Their gradients.
+            interval: For how many steps the factors are expected to stay.
+        """
+        if self._elementwise:
+            return _elementwise.precondition(self._part(self.K, rows), G)  # type: ignore[arg-type]
+        return precondition(self._preconditioners(rows, interval), G)
 
     def _part(
         self, matrices: list[StructuredMatrix], rows: slice
@@ -223,7 +250,7 @@ class Stack:
         whole = rows.stop - rows.start == len(self.units)
         return matrices if whole else [matrix[rows] for matrix in matrices]
 
-    def preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
+    def _preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
         """Return K Kᵀ of a run of rows; it is kept if the factors stay for a while."""
         if interval == 1 or self._kept is None:
             squared = [self._squaring_pays(K_n, interval) for K_n in self.K]

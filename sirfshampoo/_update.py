@@ -25,7 +25,7 @@ from sirfshampoo.structures.base import (
 )
 
 #: Where entries of a float16 factor saturate: one update must not reach 65,504.
-_LARGEST_FLOAT16 = 4096.0
+LARGEST_FLOAT16 = 4096.0
 
 
 def _mat(X: Tensor, n: int) -> Tensor:
@@ -150,7 +150,7 @@ def update_factors(
         )
         if K_n.dtype == torch.float16:
             # without damping, K grows as long as gradients vanish
-            K_n.copy_(K_n.scale((_LARGEST_FLOAT16 / K_n.max_abs()).clamp(max=1.0)))
+            K_n.copy_(K_n.scale((LARGEST_FLOAT16 / K_n.max_abs()).clamp(max=1.0)))
     return finite
 
 
@@ -288,7 +288,7 @@ def descend(
         torch._foreach_add_(U.unbind(0), list(W), alpha=kappa)
     if moves is None:
         # V ← alpha1 · V + (U + kappa · W)
-        step = U if V is None else V.mul_(alpha1).add_(U)
+        step = U if V is None else torch.add(U, V, alpha=alpha1, out=V)
     else:
         # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
         rests = per_matrix(~moves, U)

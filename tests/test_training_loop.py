@@ -261,7 +261,7 @@ def test_learning_rate_set_by_hand_or_zero_counts_at_once() -> None:
 def test_constructing_for_2400_parameters_is_fast() -> None:
     net = nn.ModuleList(nn.Linear(8, 8) for _ in range(1200))
     times = []
-    for _ in range(3):
+    for _ in range(5):
         start = perf_counter()
         optimizer = SIRFShampoo(net)
         times.append(perf_counter() - start)
@@ -301,7 +301,7 @@ def test_gradients_of_any_size_leave_all_finite(
         for name, net in nets.items()
     ]
     steps = 200 if size == 0.0 else 30
-    for net, optimizer in zip(nets.values(), optimizers, strict=True):
+    for (name, net), optimizer in zip(nets.items(), optimizers, strict=True):
         before = net.weight.detach().clone()
         for _ in range(steps):
             for p in net.parameters():
@@ -310,7 +310,8 @@ def test_gradients_of_any_size_leave_all_finite(
         for p in net.parameters():
             assert all(t.isfinite().all() for t in numbers(optimizer, p))
             # beyond the square root of float32's range, a step is sat out and counted
-            overflows = size == 1e20 and dtype != torch.float16
+            float16 = dtype == torch.float16 and name != "diagonal"
+            overflows = size == 1e20 and not float16
             assert optimizer.state[p]["skipped"] == (steps if overflows else 0)
         if size >= 1e6:
             assert torch.equal(net.weight, before) == overflows

@@ -1,0 +1,110 @@
+"""The method where all factors are diagonal, with fewer passes over the gradient.
+
+Both functions do what their namesakes in `_update` do. Here the entries of G are
+squared once, and each Π_n(H_n) is a sum of them with the squares of K as weights: a
+product of a matrix and a vector. All is computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._update import LARGEST_FLOAT16, unless_all
+from sirfshampoo.structures.base import accumulation_dtype
+from sirfshampoo.structures.diagonal import DiagonalMatrix
+
+
+def update_factors(
+    K: Sequence[DiagonalMatrix],
+    m: Sequence[DiagonalMatrix] | None,
+    G: Tensor,
+    *,
+    batch_size: int,
+    beta2: float,
+    alpha2: float,
+    lam: float,
+) -> Tensor | None:
+    """Update the factors K and their Riemannian momenta m in place.
+
+    See ``_update.update_factors`` for arguments and result.
+    """
+    dims = G.shape[1:]
+    squares = _squares(K, G)
+    Q = G.to(squares[0].dtype).square()
+    traces = [k2.mean(-1, keepdim=True) for k2 in squares]  # ‖K_n‖_F² / d_n
+
+    # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
+    s = []
+    for n, k2 in enumerate(squares):
+        h = _weighted_sums(Q, squares, n).mul_(batch_size * dims[n] / dims.numel() / 2)
+        others = [trace for k, trace in enumerate(traces) if k != n]
+        h += reduce(torch.mul, others) * (lam / 2) if others else lam / 2
+        s.append(h.mul_(k2).sub_(0.5))
+
+    # a number that is not finite makes the sum so
+    finite = unless_all(torch.cat(s, -1).sum(-1, keepdim=True).isfinite())
+    for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
+        k, dtype = K_n.diag, K_n.dtype
+        if dtype == torch.float16:
+            s_n.clamp_(max=LARGEST_FLOAT16)
+        # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
+        if finite is not None:
+            s_n.masked_fill_(~finite, 0.0)
+        if m is None:
+            m_n = s_n
+        elif finite is None:
+            m_n = m[n].diag.lerp_(s_n.to(dtype), 1 - alpha2)
+        else:
+            m_n = m[n].diag.lerp_(s_n.to(dtype), (finite * (1 - alpha2)).to(dtype))
+        # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
+        norm = torch.linalg.vector_norm(m_n, dim=-1, keepdim=True, dtype=s_n.dtype)
+        rate = norm.clamp_(min=1.0).reciprocal_()
+        if finite is not None:
+            rate *= finite
+        k.addcmul_(k, (m_n * rate).to(dtype), value=-beta2)
+        if dtype == torch.float16:
+            k.clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16)
+    return finite if finite is None else finite.squeeze(-1)
+
+
+def precondition(K: Sequence[DiagonalMatrix], G: Tensor) -> Tensor:
+    """Return U = G ×_1 K_1 K_1ᵀ ×_2 … ×_N K_N K_Nᵀ in G's type."""
+    U: Tensor | None = None
+    for n, k2 in enumerate(_squares(K, G)):
+        weights = k2.reshape(len(G), *(-1 if i == n else 1 for i in range(len(K))))
+        U = G * weights if U is None else U.mul_(weights)
+    return G if U is None else U.to(G.dtype)
+
+
+def _squares(K: Sequence[DiagonalMatrix], G: Tensor) -> list[Tensor]:
+    """Return the diagonals of K_n K_nᵀ in the type that all is computed in."""
+    dtype = accumulation_dtype(G.dtype)
+    for K_n in K:
+        dtype = torch.promote_types(dtype, K_n.dtype)
+    return [K_n.diag.to(dtype).square() for K_n in K]
+
+
+def _weighted_sums(Q: Tensor, squares: Sequence[Tensor], n: int) -> Tensor:
+    """Return the sums of Q over all axes but n, weighted by the squares of theirs."""
+    rows, dims = len(Q), Q.shape[1:]
+    if n + 1 < len(dims):
+        weights = _joint_weights(squares[n + 1 :]).unsqueeze(-1)
+        Q = Q.reshape(rows, prod(dims[: n + 1]), -1) @ weights
+    if n > 0:
+        weights = _joint_weights(squares[:n]).unsqueeze(-2)
+        Q = weights @ Q.reshape(rows, -1, dims[n])
+    return Q.reshape(rows, dims[n])
+
+
+def _joint_weights(squares: Sequence[Tensor]) -> Tensor:
+    """Return all products of entries of several axes, ``[rows, d · d' · …]``."""
+
+    def join(a: Tensor, b: Tensor) -> Tensor:
+        return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(1)
+
+    return reduce(join, squares)
