@@ -10,11 +10,11 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench report clean
+.PHONY: help setup demo test check bench conformance report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## create .venv and install pinned dependencies (the others do so, too)
 	@:
@@ -42,6 +42,9 @@ check: setup ## what CI runs: format, lint, types, tests
 
 bench: setup ## time step() for each structure beside AdamW
 	@$(RUN) -m benchmarks.step $(ARGS)
+
+conformance: setup ## measure every line of the compatibility table
+	@$(RUN) -m tests.conformance $(ARGS)
 
 report: setup ## rewrite the tables of the README from committed results
 	@$(RUN) -m benchmarks.report $(ARGS)

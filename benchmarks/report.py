@@ -14,6 +14,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "step": tables.step,
     "official": tables.official,
     "machine": tables.machine,
+    "conformance": tables.conformance,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
 
@@ -26,6 +27,14 @@ MARKER = re.compile(
     re.DOTALL,
 )
 DEFAULT_NAME = "gpt256"
+OWN_NAMES = ("conformance",)
+"""Tables whose results stand in a file of their own name."""
+
+
+def result_name(match: re.Match[str]) -> str:
+    """Return the name of the result file that a marker asks for."""
+    own = match["table"] if match["table"] in OWN_NAMES else DEFAULT_NAME
+    return match["name"] or own
 
 
 def render(text: str, folder: Path) -> tuple[str, int]:
@@ -49,7 +58,7 @@ def render(text: str, folder: Path) -> tuple[str, int]:
                 f"The README asks for table {match['table']!r}; "
                 f"there are {', '.join(TABLES)}."
             )
-        path = folder / f"{match['name'] or DEFAULT_NAME}.json"
+        path = folder / f"{result_name(match)}.json"
         grid = TABLES[match["table"]](results.load(path))
         return f"{match['open']}{grid.markdown()}\n{match['close']}"
 
@@ -121,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.readme.name}: {places} tables, {'changed' if new != old else 'same'}."
     )
     for path in sorted(args.results.glob("*.json")):
-        picture(results.load(path), path.with_suffix(".png"))
+        result = results.load(path)
+        if "contestants" not in result:
+            continue  # no times to draw
+        picture(result, path.with_suffix(".png"))
         print(f"Drew {path.with_suffix('.png').name}.")
     return 0
 

@@ -132,6 +132,34 @@ def environment_line(result: dict[str, Any]) -> str:
     )
 
 
+def conformance(result: dict[str, Any]) -> Grid:
+    """Tell which claims about optimizers hold, section by section."""
+    names = ("SIRFShampoo", "AdamW")
+    lines: list[tuple[str, ...]] = []
+    section = None
+    for record in result["rows"]:
+        if record["section"] != section:
+            section = record["section"]
+            lines.append((f"**{section}**", *("" for _ in names)))
+        lines.append((record["title"], *(record[name] for name in names)))
+    return Grid(("", *names), lines, [_conformance_note(result, names)])
+
+
+def _conformance_note(result: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Count verdicts, and say where and when they were found."""
+    env = result["environment"]
+    counts = []
+    for name in names:
+        verdicts = [record[name] for record in result["rows"]]
+        tried = len(verdicts) - verdicts.count("–")
+        counts.append(f"{name} {verdicts.count('yes')} of {tried}")
+    commit = f" at commit {env['commit']}" if env["commit"] else ""
+    return (
+        f"{', '.join(counts)} (–: does not apply). Measured {env['date']}{commit} with "
+        f"torch {env['torch']}, Python {env['python']}."
+    )
+
+
 def machine(result: dict[str, Any]) -> Grid:
     """Tell the machine's own rates, measured between the rounds."""
     rates = result["machine"].items()

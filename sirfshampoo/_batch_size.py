@@ -167,7 +167,7 @@ class BatchSizeCounter:
             if all(version is None for _, version in before):
                 self.forget()
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(_end, weakref.ref(self), before))  # type: ignore[no-untyped-call]
+            engine.queue_callback(partial(_end, weakref.ref(self), before))
         self._arriving.append(forward)
 
     def end(self, before: list[tuple[int, int | None]]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Size
 
-from sirfshampoo._config import momentum_of
 from sirfshampoo._units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
 
@@ -92,10 +91,15 @@ def _cost(
 ) -> Cost:
     axis_bytes: list[int] = []
     kept_bytes = update_flops = step_flops = 0
+    elementwise = all(name == "diagonal" for name in structures)
     for dim, name, dtype in zip(dims, structures, dtypes, strict=True):
         structure, columns = structure_class(name), dims.numel() // max(dim, 1)
         stored = structure.num_stored(dim)
         axis_bytes.append(stored * dtype.itemsize * (2 if has_m else 1))
+        if elementwise:  # squares once; for each axis, sums of them and a product
+            update_flops += 2 * dims.numel() + 8 * dim
+            step_flops += dims.numel() + dim
+            continue
         squared = squaring_pays(structure, dim, columns, interval)
 
         product = structure.flops(dim, columns)  # with an unfolded gradient
@@ -111,11 +115,13 @@ def _cost(
             kept_bytes += stored * dtype.itemsize
         if interval > 1 and dtype == torch.float16:
             kept_bytes += torch.float32.itemsize  # its scale
+    if elementwise:
+        update_flops += dims.numel()
     return Cost(tuple(axis_bytes), kept_bytes, update_flops, step_flops)
 
 
 def momentum_bytes(unit: Unit, group: Mapping[str, Any]) -> int:
     """Return the bytes of the momentum buffers of a unit's parameters."""
-    if not momentum_of(group):
+    if not group["alpha1"]:
         return 0
     return sum(p.numel() * p.element_size() for p in unit.params)

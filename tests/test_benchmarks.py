@@ -228,6 +228,6 @@ def test_the_readme_shows_the_committed_results() -> None:
     """The tables are generated: nobody types a number."""
     names = [path.stem for path in results.RESULTS.glob("*.json")]
     readme = (environment.ROOT / "README.md").read_text(encoding="utf-8")
-    wanted = {m["name"] or report.DEFAULT_NAME for m in report.MARKER.finditer(readme)}
+    wanted = {report.result_name(m) for m in report.MARKER.finditer(readme)}
     assert wanted <= set(names)
     assert report.render(readme, results.RESULTS)[0] == readme

@@ -1,0 +1,58 @@
+"""Every claim of the compatibility table holds, or fails, as it is recorded."""
+
+from pathlib import Path
+
+import pytest
+from conformance import CONTESTANTS, OURS, ROWS, Contestant, Row
+
+from benchmarks import results, tables
+
+RECORDED = results.load(results.RESULTS / "conformance.json")
+VERDICTS = {(r["section"], r["title"]): r for r in RECORDED["rows"]}
+TRIED = [(row, c) for row in ROWS for c in CONTESTANTS if c.name in row.applies_to]
+
+
+@pytest.mark.parametrize(
+    ("row", "contestant"),
+    TRIED,
+    ids=[f"{c.name}: {row.section}: {row.title}" for row, c in TRIED],
+)
+def test_row_is_as_recorded(row: Row, contestant: Contestant) -> None:
+    recorded = VERDICTS[row.section, row.title][contestant.name]
+    if recorded == "yes":
+        row.check(contestant)
+        return
+    verdict, _ = row.measure(contestant)
+    assert (recorded, verdict) == ("no", "no"), "Measure anew: the row holds by now."
+
+
+def test_recorded_are_exactly_the_rows_of_the_suite() -> None:
+    titles = [(row.section, row.title) for row in ROWS]
+    assert len(set(titles)) == len(titles)
+    assert [(r["section"], r["title"]) for r in RECORDED["rows"]] == titles
+    for row, record in zip(ROWS, RECORDED["rows"], strict=True):
+        for contestant in CONTESTANTS:
+            applies = contestant.name in row.applies_to
+            assert (record[contestant.name] != "–") == applies
+        assert OURS.name in row.applies_to
+
+
+def test_the_readme_shows_every_recorded_row() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- table: conformance -->\n")[1].split("<!-- end -->")[0]
+    assert table == tables.conformance(RECORDED).markdown() + "\n"
+    for record in RECORDED["rows"]:
+        cells = (record["title"], *(record[c.name] for c in CONTESTANTS))
+        assert f"| {' | '.join(cells)} |" in table
+
+
+def test_a_row_that_fails_is_found_out() -> None:
+    def run(make: Contestant) -> None:
+        assert make is OURS, "not ours\nsecond line"
+
+    row = Row("section", "title", run, (OURS.name, "AdamW"))
+    measured = {c.name: row.measure(c) for c in CONTESTANTS}
+    no = ("no", "AssertionError: not ours")
+    assert measured == {"SIRFShampoo": ("yes", None), "AdamW": no}
+    alone = Row("section", "title", run, (OURS.name,))
+    assert alone.measure(CONTESTANTS[1]) == ("–", None)
