@@ -14,6 +14,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "step": tables.step,
     "official": tables.official,
     "machine": tables.machine,
+    "soak": tables.soak,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
 
@@ -121,8 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.readme.name}: {places} tables, {'changed' if new != old else 'same'}."
     )
     for path in sorted(args.results.glob("*.json")):
-        picture(results.load(path), path.with_suffix(".png"))
-        print(f"Drew {path.with_suffix('.png').name}.")
+        result = results.load(path)
+        if "contestants" in result:
+            picture(result, path.with_suffix(".png"))
+            print(f"Drew {path.with_suffix('.png').name}.")
     return 0
 
 
