@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
 
-BatchSize = int | Callable[[tuple[Tensor, ...]], int]
+BatchSize = int | Callable[..., int]
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor with at least one axis in nested inputs."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested inputs or outputs."""
     if isinstance(value, Tensor):
-        return value if value.ndim else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return None
-    found: Iterable[Tensor | None] = map(_first_tensor, value)
-    return next((tensor for tensor in found if tensor is not None), None)
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _tensors(entry)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value))
 
 
 def get_batch_size(inputs: tuple[Tensor, ...]) -> int:
@@ -37,7 +44,7 @@ def get_batch_size(inputs: tuple[Tensor, ...]) -> int:
     Raises:
         ValueError: If there is no such tensor.
     """
-    tensor = _first_tensor(inputs)
+    tensor = next((t for t in _tensors(inputs) if t.ndim), None)
     if tensor is None:
         raise ValueError(
             "Cannot detect the batch size: no input of the model is a tensor with at "
@@ -47,45 +54,120 @@ def get_batch_size(inputs: tuple[Tensor, ...]) -> int:
     return tensor.shape[0]
 
 
+def _takes_keywords(count: BatchSize) -> bool:
+    """Return whether a callable has a second parameter that must be given."""
+    try:
+        parameters = list(signature(count).parameters.values())  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # some builtins do not tell
+        return False
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    required = [
+        p for p in parameters if p.default is Parameter.empty and p.kind in positional
+    ]
+    return len(required) == 2
+
+
+@dataclass
+class _ForwardPass:
+    """A forward pass whose gradients may arrive.
+
+    Attributes:
+        size: Its examples.
+        announced: How many of them are still announced.
+        period: When they were counted last.
+    """
+
+    size: int
+    announced: int
+    period: int = -1
+
+
 class BatchSizeCounter:
     """Counts the examples whose gradients accumulate between two optimizer steps.
 
-    With a callable it is a forward pre-hook of the model; with an integer it always
-    returns that.
+    With a callable, a forward hook on the model announces the examples of each forward
+    pass; they count once gradients flow back from its outputs. So a batch that was
+    discarded does not count, and recomputed activations do not count twice. With an
+    integer it always returns that.
 
     Attributes:
-        value: The number of examples counted so far, or at the last step.
+        params: The trained parameters.
     """
 
     def __init__(self, batch_size: BatchSize) -> None:
-        self._count: Callable[[tuple[Tensor, ...]], int] | None = None
-        self.value = 0
+        self.params: list[Tensor] = []
+        self._count: Callable[..., int] | None = None
+        self._last = 0  # the batch size of the last step, or the integer
+        self._counted = 0  # examples whose gradients are there
+        self._announced = 0  # examples of training mode that await their gradients
+        self._period = 0  # changes whenever the count is forgotten
         if callable(batch_size):
             self._count = batch_size
+            self._takes_keywords = _takes_keywords(batch_size)
         else:
-            self.value = batch_size
-        self._used = True  # whether a step has consumed `value`
+            self._last = batch_size
 
     @property
-    def is_hook(self) -> bool:
-        """Whether the model's forward passes have to be watched."""
-        return self._count is not None
+    def value(self) -> int:
+        """The number of examples counted for the present gradients, or the last."""
+        return self._counted or self._announced or self._last
 
-    def __call__(
-        self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    # ----------------------------------------------------------------- forward pass
+
+    def watch(self, model: Module) -> RemovableHandle | None:
+        """Have the model's forward passes noted, if there is a callable."""
+        _remove_dead_hooks(model)
+        if self._count is None:
+            return None
+        return model.register_forward_hook(_ForwardHook(self), with_kwargs=True)
+
+    def note(
+        self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Count the examples of a forward pass that gradients can come from."""
-        if self._count is None or not module.training or not torch.is_grad_enabled():
+        """Announce the examples of a forward pass that gradients can come from."""
+        if self._count is None or not torch.is_grad_enabled():
             return
-        inputs = (*args, *kwargs.values()) if self._count is get_batch_size else args
-        size = self._count(inputs)
+        try:
+            size = self._size(args, kwargs)
+        except ValueError:
+            if training:
+                raise
+            return  # evaluation need not fit what training needs
+        if self._counted and all(p.grad is None for p in self.params):
+            self.forget()
+        forward = _ForwardPass(size, announced=size if training else 0)
+        self._announced += forward.announced
+        counter = weakref.ref(self)
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(partial(_arrive, counter, forward))
+
+    def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return what the callable says of inputs."""
+        if self._count is None:
+            return self._last
+        if self._count is get_batch_size:
+            size = get_batch_size((*args, *kwargs.values()))
+        elif self._takes_keywords:
+            size = self._count(args, kwargs)
+        else:
+            size = self._count(args)
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(
                 "Argument 'batch_size' must return an integer >= 0 for the inputs of "
                 f"the model, got {size!r}."
             )
-        self.value = size if self._used else self.value + size
-        self._used = False
+        return size
+
+    def arrive(self, forward: _ForwardPass) -> None:
+        """Count the examples of a forward pass: gradients flow back from it."""
+        self._announced = max(self._announced - forward.announced, 0)
+        forward.announced = 0
+        if forward.period != self._period:
+            forward.period = self._period
+            self._counted += forward.size
+
+    # ------------------------------------------------------------------------- step
 
     def read(self) -> int:
         """Return the batch size of the present gradients.
@@ -93,15 +175,83 @@ class BatchSizeCounter:
         Raises:
             RuntimeError: If nothing was counted since the last step.
         """
-        if self._count is not None and (self._used or self.value == 0):
+        if self._count is None:
+            return self._last
+        # gradients may be computed without a backward pass, then the forward counts
+        size = self._counted or self._announced
+        if size == 0:
             raise RuntimeError(
                 "No examples were counted since the last step, so the batch size is "
-                "unknown. Forward passes count if the model given to the optimizer "
-                "is called itself, in training mode and with gradients enabled. "
-                "Otherwise, pass 'batch_size' as an integer."
+                "unknown. They count if the model given to the optimizer is called "
+                "itself, with gradients enabled, and gradients flow back from what it "
+                "returns. Otherwise, pass 'batch_size' as an integer."
             )
-        return self.value
+        return size
 
-    def close(self) -> None:
-        """Note that a step has used the count: the next forward pass starts anew."""
-        self._used = True
+    def forget(self) -> None:
+        """Note that the gradients are gone."""
+        self._counted = 0
+        self._period += 1
+
+    def close(self, size: int) -> None:
+        """Note that a step has used the gradients of `size` examples."""
+        if self._count is not None:
+            self._last = size or self._last
+            self._announced = 0
+            self.forget()
+
+
+def _arrive(
+    counter: weakref.ref[BatchSizeCounter], forward: _ForwardPass, gradient: Tensor
+) -> None:
+    """Count a forward pass for a counter that may be gone."""
+    present = counter()
+    if present is not None:
+        present.arrive(forward)
+
+
+class _ForwardHook:
+    """Lets a counter note the forward passes of a model.
+
+    It does not keep the counter alive. Its copies, which come into being with copies
+    of the model, count for nobody; a copied optimizer registers its own.
+    """
+
+    def __init__(self, counter: BatchSizeCounter | None) -> None:
+        self._counter = None if counter is None else weakref.ref(counter)
+        if counter is not None:
+            # traced, the count would become a constant, or a reason to compile anew
+            self._note = torch.compiler.disable(self._note_untraced)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it counts for nobody."""
+        return self._counter is None or self._counter() is None
+
+    def __call__(
+        self,
+        module: Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """Note a forward pass."""
+        if self._counter is not None:
+            self._note(module.training, args, kwargs, output)
+
+    def _note_untraced(self, *forward_pass: Any) -> None:
+        counter = None if self._counter is None else self._counter()
+        if counter is not None:
+            counter.note(*forward_pass)
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
+        """Return how to make a copy."""
+        return type(self), (None,)
+
+
+def _remove_dead_hooks(model: Module) -> None:
+    """Remove hooks that came with a copy of a model."""
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, _ForwardHook) and hook.is_dead:
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)

@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sirfshampoo._config import OPTIONS, check_options, dtypes_of_axes
+from sirfshampoo._config import (
+    CYCLED_MOMENTUM,
+    OPTIONS,
+    check_options,
+    dtypes_of_axes,
+)
 
 Group = Mapping[str, Any]
 
@@ -96,7 +101,9 @@ def _check_group(owner: str, saved: Group, present: Group) -> None:
             f"Argument 'state_dict' must have the structures {present['structures']} "
             f"in {owner}, got {saved['structures']!r}."
         )
-    check_options(without_code(saved))
+    given = without_code(saved)
+    given["alpha1"] = given.pop(CYCLED_MOMENTUM, given["alpha1"])
+    check_options(given)
     ndim = len(present["structures"])
     dtypes_of_axes(saved["preconditioner_dtypes"], ndim, present["params"][0].dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -119,6 +119,14 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 #: The options of a parameter group.
 OPTIONS = tuple(_CHECKS)
 
+#: What schedulers that cycle the momentum call ``alpha1``.
+CYCLED_MOMENTUM = "momentum"
+
+
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """Return the momentum ``alpha1`` of a group, or what a scheduler put over it."""
+    return float(group.get(CYCLED_MOMENTUM, group["alpha1"]))
+
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Check the options of a parameter group; those not of this package are ignored.
@@ -137,21 +145,45 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def check_model(model: Any) -> None:
-    """Check the constructor's `model`."""
-    if not isinstance(model, Module):
+def check_model(model: Any, params: Any) -> None:
+    """Check the constructor's `model` and `params`."""
+    if isinstance(model, Module):
+        return
+    if isinstance(model, Tensor) or not isinstance(model, Iterable):
         raise ValueError(
-            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+            "Argument 'model' must be a torch.nn.Module, or parameters in its place, "
+            f"got {type(model).__name__}."
+        )
+    if params is not None:
+        raise ValueError(
+            "Argument 'params' must be None if parameters stand in the place of "
+            f"'model', got {type(params).__name__}."
         )
 
 
-def check_batch_size(batch_size: Any) -> None:
+def check_batch_size(batch_size: Any, model: Any) -> None:
     """Check the constructor's `batch_size`."""
     positive = isinstance(batch_size, int) and not isinstance(batch_size, bool)
     if not (positive and batch_size > 0) and not callable(batch_size):
         raise ValueError(
             "Argument 'batch_size' must be an integer > 0 or a callable from the "
             f"model's inputs to one, got {batch_size!r}."
+        )
+    if callable(batch_size) and not isinstance(model, Module):
+        raise ValueError(
+            "Argument 'batch_size' must be an integer > 0 if parameters stand in the "
+            "place of 'model': there are no forward passes to count examples in. Got "
+            f"{batch_size!r}."
+        )
+
+
+def check_rule(rule: PreconditionerGroup) -> None:
+    """Check that a rule can do without a model."""
+    if rule.NEEDS_MODEL:
+        raise ValueError(
+            "Argument 'combine_params' must hold rules that need no model, such as "
+            "PerParameter, if parameters stand in the place of 'model', got "
+            f"{type(rule).__name__}."
         )
 
 
@@ -160,7 +192,7 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     if parameter.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"Argument 'params' must hold parameters of types "
-            f"{list(SUPPORTED_DTYPES)}, got {parameter.dtype} for {name}."
+            f"{list(SUPPORTED_DTYPES)}, got {parameter.dtype} for {name!r}."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sirfshampoo._config import momentum_of
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
     Preconditioner,
@@ -53,7 +54,7 @@ class Settings(NamedTuple):
         return cls(
             lr=float(group["lr"]),
             beta2=float(group["beta2"]),
-            alpha1=float(group["alpha1"]),
+            alpha1=momentum_of(group),
             alpha2=float(group["alpha2"]),
             lam=float(group["lam"]),
             kappa=float(group["kappa"]),
@@ -151,7 +152,7 @@ class Stack:
         for unit in self.units:
             group = groups[unit.group]
             if (self.m is None and group["alpha2"]) or (
-                self.V is None and group["alpha1"]
+                self.V is None and momentum_of(group)
             ):
                 return False
         return all(
@@ -197,7 +198,7 @@ class Stack:
                 workspace=workspace,
             )
             self._outdated.update(range(rows.start, rows.stop))
-        U = precondition(self._preconditioners(rows, interval), G)
+        U = precondition(self.preconditioners(rows, interval), G)
         # one entry that is not finite makes the sum so
         finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
         moves = unless_all(finite if moves is None else moves & finite)
@@ -222,7 +223,7 @@ class Stack:
         whole = rows.stop - rows.start == len(self.units)
         return matrices if whole else [matrix[rows] for matrix in matrices]
 
-    def _preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
+    def preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
         """Return K Kᵀ of a run of rows; it is kept if the factors stay for a while."""
         if interval == 1 or self._kept is None:
             squared = [self._squaring_pays(K_n, interval) for K_n in self.K]
@@ -292,7 +293,7 @@ def stack_units(
     for unit in units:
         group = groups[unit.group]
         has_m = group["alpha2"] != 0 or "m0" in _prefixes(state, unit)
-        has_V = group["alpha1"] != 0 or "momentum_buffer" in _prefixes(state, unit)
+        has_V = momentum_of(group) != 0 or "momentum_buffer" in _prefixes(state, unit)
         key = (
             has_m,
             has_V,

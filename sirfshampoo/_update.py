@@ -24,6 +24,9 @@ from sirfshampoo.structures.base import (
     per_matrix,
 )
 
+#: Where entries of a float16 factor saturate: one update must not reach 65,504.
+_LARGEST_FLOAT16 = 4096.0
+
 
 def _mat(X: Tensor, n: int) -> Tensor:
     """Unfold ``[rows, d_1, …, d_N]`` along axis n into ``[rows, d_n, D / d_n]``."""
@@ -145,6 +148,9 @@ def update_factors(
             _number(rate if finite is None else rate * finite),
             scratch=None if m is None else s_n,
         )
+        if K_n.dtype == torch.float16:
+            # without damping, K grows as long as gradients vanish
+            K_n.copy_(K_n.scale((_LARGEST_FLOAT16 / K_n.max_abs()).clamp(max=1.0)))
     return finite
 
 
@@ -155,11 +161,35 @@ def _whitened(K: Sequence[StructuredMatrix], G: Tensor, batch_size: int) -> Tens
     factors return as averages.
     """
     dims, A = G.shape[1:], G
+    if not any(K_n.dtype == torch.float16 for K_n in K):
+        for n, K_n in enumerate(K):
+            scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
+            X = K_n.rmatmat(_mat(A.to(K_n.dtype), n), scale=scale)
+            A = _fold(X, n, dims)
+        return A
+    # float16: gradients of any size; where s would leave its range, A saturates
+    size = torch.full_like(_largest(A), sqrt(batch_size))
     for n, K_n in enumerate(K):
-        scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
-        X = K_n.rmatmat(_mat(A.to(K_n.dtype), n), scale=scale)
-        A = _fold(X, n, dims)
-    return A
+        A, largest = _normalized(A)
+        size = size * largest
+        X = K_n.rmatmat(_mat(A.to(K_n.dtype), n), scale=sqrt(1 / dims[n]))
+        A = _fold(X, n, dims).to(accumulation_dtype(X.dtype))
+    limit = sqrt(torch.finfo(torch.float16).max / dims.numel()) / 2
+    return A * per_matrix((limit / _largest(A)).minimum(size), A)
+
+
+def _largest(X: Tensor) -> Tensor:
+    """Return the largest magnitude in each row, ``[rows]``, as float32 at least."""
+    infinity, dtype = float("inf"), accumulation_dtype(X.dtype)
+    largest: Tensor = torch.linalg.vector_norm(X.flatten(1), infinity, 1, dtype=dtype)
+    return largest
+
+
+def _normalized(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each row by its largest magnitude (if not 0); return that, too."""
+    size = _largest(G)
+    size = torch.where(size == 0, torch.ones_like(size), size)
+    return (G / per_matrix(size, G)).to(G.dtype), size
 
 
 @dataclass(frozen=True)
@@ -220,13 +250,16 @@ def precondition(factors: Sequence[Preconditioner], G: Tensor) -> Tensor:
         The pre-conditioned gradients, ``[rows, *dims]``, in G's type.
     """
     dims, U = G.shape[1:], G
+    scales: list[Tensor] = []
     for n, factor in enumerate(factors):
-        U = _fold(factor(_mat(U.to(factor.matrix.dtype), n)), n, dims)
-    U = U.to(G.dtype)
-    for factor in factors:
-        if factor.scale is not None:
-            U = U * per_matrix(factor.scale, U).to(U.dtype)
-    return U
+        if factor.scale is not None:  # float16: gradients of any size
+            U, largest = _normalized(U)
+            scales += [factor.scale, largest]
+        X = factor(_mat(U.to(factor.matrix.dtype), n))
+        U = _fold(X, n, dims).to(accumulation_dtype(X.dtype) if scales else X.dtype)
+    for scale in scales:
+        U = U * per_matrix(scale, U)
+    return U.to(G.dtype)
 
 
 def descend(

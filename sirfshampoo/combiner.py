@@ -28,7 +28,13 @@ class PreconditionerGroup(ABC):
     To group parameters in your own way, subclass this and pass an instance in the
     optimizer's ``combine_params``. A rule must be linear and only rearrange entries:
     `ungroup` undoes `group`.
+
+    Attributes:
+        NEEDS_MODEL: Whether `identify` looks at more of a model than its parameters.
+            Such a rule cannot serve an optimizer that was given parameters alone.
     """
+
+    NEEDS_MODEL: bool = True
 
     @abstractmethod
     def identify(self, model: Module) -> list[list[Parameter]]:
@@ -83,6 +89,8 @@ class PreconditionerGroup(ABC):
 
 class PerParameter(PreconditionerGroup):
     """Give each parameter a pre-conditioner of its own."""
+
+    NEEDS_MODEL = False
 
     def identify(self, model: Module) -> list[list[Parameter]]:
         """List every parameter of the model by itself.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,19 @@ from torch.optim import Optimizer
 
 from sirfshampoo._batch_size import BatchSizeCounter, get_batch_size
 from sirfshampoo._checkpoint import check_fit, with_code, without_code
-from sirfshampoo._config import check_batch_size, check_model, check_options
+from sirfshampoo._config import (
+    CYCLED_MOMENTUM,
+    check_batch_size,
+    check_model,
+    check_options,
+    check_rule,
+)
+from sirfshampoo._diagnostics import (
+    diagnostics,
+    partly_missing_gradients,
+    warn_of_missing_gradients,
+    warn_of_non_finite_gradients,
+)
 from sirfshampoo._precision import full_precision
 from sirfshampoo._stack import Settings, Stack, stack_units
 from sirfshampoo._units import Unit, form_units
@@ -26,6 +39,18 @@ __all__ = ["DEFAULT_COMBINE_PARAMS", "SIRFShampoo", "get_batch_size"]
 
 #: Each parameter has a pre-conditioner of its own.
 DEFAULT_COMBINE_PARAMS: tuple[PreconditionerGroup, ...] = (PerParameter(),)
+
+
+class _NoModel(Module):
+    """Stands in for a model of which nothing but parameters is known."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._given = params
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """Return the parameters."""
+        return iter(self._given)  # type: ignore[arg-type]
 
 
 class SIRFShampoo(Optimizer):
@@ -50,6 +75,8 @@ class SIRFShampoo(Optimizer):
         STATE_ATTRIBUTES: Attributes outside ``state`` that a state dict holds and
             brings back.
         global_step: The number of steps taken.
+        debug: Whether a step warns of gradients that are not finite, and names their
+            parameters. On an accelerator that waits for the device. Default: False.
     """
 
     SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix]] = SUPPORTED_STRUCTURES
@@ -57,15 +84,15 @@ class SIRFShampoo(Optimizer):
 
     def __init__(
         self,
-        model: Module,
-        params: Iterable[Parameter] | Iterable[dict[str, Any]] | None = None,
+        model: Module | Iterable[Any],
+        params: Iterable[Any] | None = None,
         lr: float = 0.001,
         beta2: float = 0.01,
         alpha1: float = 0.9,
         alpha2: float = 0.5,
         lam: float = 0.001,
         kappa: float = 0.0,
-        batch_size: int | Callable[[tuple[Tensor, ...]], int] = get_batch_size,
+        batch_size: int | Callable[..., int] = get_batch_size,
         T: int | Callable[[int], bool] = 1,
         structures: str | dict[int, str | tuple[str, ...]] = "dense",
         preconditioner_dtypes: torch.dtype
@@ -78,11 +105,14 @@ class SIRFShampoo(Optimizer):
 
         Args:
             model: The neural network. Rules that join parameters look at its layers,
-                and its forward passes are watched to learn the batch size.
-            params: The parameters to train, or dictionaries with the key ``'params'``
-                and any of the options from ``lr`` to ``combine_params`` (but not
-                ``batch_size``). Default: all parameters of the model that require a
-                gradient.
+                and its forward passes are watched to learn the batch size. Or, as in
+                ``torch.optim``, what `params` accepts: then `batch_size` must be an
+                integer, and rules that join parameters are not available.
+            params: The parameters to train: an iterable of parameters, of pairs
+                (name, parameter) such as ``named_parameters()``, or of dictionaries
+                with the key ``'params'`` and any of the options from ``lr`` to
+                ``combine_params`` (but not ``batch_size``). Default: all parameters of
+                the model that require a gradient.
             lr: Learning rate of the parameters (β₁ in the paper).
             beta2: Learning rate of the pre-conditioner.
             alpha1: Momentum of the parameter update.
@@ -90,9 +120,12 @@ class SIRFShampoo(Optimizer):
             lam: Damping λ of the pre-conditioner update.
             kappa: Weight decay κ, added to the pre-conditioned gradient.
             batch_size: The number of examples that the loss averages over: an integer,
-                or a callable from the tuple of the model's positional inputs to it,
-                which is called before each forward pass in training mode; counts add
-                up until the next step. Default: the first input tensor's first axis.
+                or a callable from the tuple of the model's positional inputs to it; if
+                it has a second required parameter, that gets the dictionary of keyword
+                inputs. It is called for each forward pass with gradients enabled, and
+                the pass counts once gradients flow back from its outputs; counts add
+                up until the next step or ``zero_grad``. Default: the first axis of the
+                first input tensor.
             T: How many steps lie between two updates of the pre-conditioner, or a
                 callable from the global step to whether to update it. Each group gets
                 a copy of its own of a callable.
@@ -114,8 +147,8 @@ class SIRFShampoo(Optimizer):
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
         """
-        check_model(model)
-        check_batch_size(batch_size)
+        check_model(model, params)
+        check_batch_size(batch_size, model)
         defaults = {
             "lr": lr,
             "beta2": beta2,
@@ -129,26 +162,36 @@ class SIRFShampoo(Optimizer):
             "combine_params": combine_params,
         }
         check_options(defaults)
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
+        self._model = model if isinstance(model, Module) else None
+        if self._model is None:
+            params = model  # type: ignore[assignment]
+        elif params is None:
+            params = [p for p in self._model.parameters() if p.requires_grad]
 
         self.global_step = 0
-        self._model = model
+        self.debug = False
+        self._batch_size = BatchSizeCounter(batch_size)
+        self._told: set[int] = set()  # units whose missing gradients were told
         self._units: list[Unit] = []
         self._stacks: list[Stack] | None = None
         self._workspace = Workspace()
         # what rules find in the model; remembered while groups are being added
         self._identified: dict[int, list[list[Parameter]]] = {}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults)  # type: ignore[arg-type]
+        # schedulers that cycle the momentum look here, and put it into the groups
+        self.defaults[CYCLED_MOMENTUM] = alpha1
         self._identified.clear()
         self._restack()
-
-        self._batch_size = BatchSizeCounter(batch_size)
-        if self._batch_size.is_hook:
-            handle = model.register_forward_pre_hook(self._batch_size, with_kwargs=True)
-            weakref.finalize(self, handle.remove).atexit = False
+        self._watch()
         if verbose_init:
             print(self._description())
+
+    def _watch(self) -> None:
+        """Have the forward passes of the model counted, as long as this lives."""
+        if self._model is not None:
+            handle = self._batch_size.watch(self._model)
+            if handle is not None:
+                weakref.finalize(self, handle.remove).atexit = False
 
     # ----------------------------------------------------------------------- groups
 
@@ -184,29 +227,52 @@ class SIRFShampoo(Optimizer):
         try:
             super().add_param_group({**param_group, "params": params})
             given = self.param_groups[-1]
+            if CYCLED_MOMENTUM not in param_group:
+                given.pop(CYCLED_MOMENTUM, None)
             names = given.get("param_names") or self._names_of(given["params"])
             units, groups = form_units(
-                given, names=names, identify=self._identify, start=len(self._units)
+                given,
+                names=names,
+                identify=lambda rule: self._identify(rule, given["params"]),
+                start=len(self._units),
             )
         finally:
             self.param_groups = before
         self.param_groups += groups
         self._units += units
+        self._batch_size.params += [p for unit in units for p in unit.params]
         if self._stacks is not None:  # else the constructor does it once for all
             self._identified.clear()
             self._restack()
 
-    def _identify(self, rule: PreconditionerGroup) -> list[list[Parameter]]:
+    def _identify(
+        self, rule: PreconditionerGroup, params: Sequence[Tensor]
+    ) -> list[list[Parameter]]:
+        """Return what a rule finds in the model, or in parameters without one."""
+        if self._model is None:
+            check_rule(rule)
+            return rule.identify(_NoModel(params))
         if id(rule) not in self._identified:
             self._identified[id(rule)] = rule.identify(self._model)
         return self._identified[id(rule)]
 
     def _names_of(self, params: Iterable[Tensor]) -> list[str]:
         """Return the parameters' names in the model."""
-        names = {id(p): f"'{name}'" for name, p in self._model.named_parameters()}
+        known = () if self._model is None else self._model.named_parameters()
+        names = {id(p): name for name, p in known}
         return [
             names.get(id(p), f"a tensor of shape {tuple(p.shape)} outside the model")
             for p in params
+        ]
+
+    def _unit_names(self) -> list[list[str]]:
+        """Return, a unit, the names of its parameters; without any: their numbers."""
+        if self._model is None and "param_names" not in self.param_groups[0]:
+            numbers = iter(range(sum(len(unit.params) for unit in self._units)))
+            return [[str(next(numbers)) for _ in unit.params] for unit in self._units]
+        return [
+            group.get("param_names") or self._names_of(group["params"])
+            for group in self.param_groups
         ]
 
     # ------------------------------------------------------------------------- step
@@ -232,6 +298,12 @@ class SIRFShampoo(Optimizer):
             )
         present = [unit.has_gradients() for unit in self._units]
         batch_size = self._batch_size.read() if any(present) else 0
+        partly_missing = partly_missing_gradients(self._units) - self._told
+        if partly_missing:
+            self._told |= partly_missing
+            warn_of_missing_gradients(self._units, self._unit_names(), partly_missing)
+        if self.debug:
+            warn_of_non_finite_gradients(self._units, self._unit_names())
         settings = [
             Settings.of_group(group, due=due) if has_gradients else None
             for group, due, has_gradients in zip(
@@ -245,7 +317,16 @@ class SIRFShampoo(Optimizer):
                     stack.take_step(rows, shared, batch_size, self._workspace)
                 stack.step.add_(1)
         self.global_step += 1
-        self._batch_size.close()
+        self._batch_size.close(batch_size)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget how many examples they averaged over.
+
+        Args:
+            set_to_none: Whether to set them to None, and not to zero. Default: True.
+        """
+        super().zero_grad(set_to_none)
+        self._batch_size.forget()
 
     def _due(self) -> list[bool]:
         """Return, a group, whether its pre-conditioner is to be updated."""
@@ -303,8 +384,7 @@ class SIRFShampoo(Optimizer):
     def _description(self) -> str:
         """Return a line for each pre-conditioner."""
         lines = [f"SIRFShampoo: {len(self._units)} pre-conditioners"]
-        for unit, group in zip(self._units, self.param_groups, strict=True):
-            names = group.get("param_names") or self._names_of(unit.params)
+        for unit, names in zip(self._units, self._unit_names(), strict=True):
             axes = zip(unit.dims, unit.structures, unit.dtypes, strict=True)
             factors = [f"{d}x{d} {name} {dtype}" for d, name, dtype in axes]
             lines.append(
@@ -312,6 +392,23 @@ class SIRFShampoo(Optimizer):
                 f"by {type(unit.rule).__name__}, {unit.num_stored:,} numbers"
             )
         return "\n".join(lines)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Return numbers that tell how training goes, ready for any logger.
+
+        Returns:
+            For each pre-conditioner, under the names of its parameters joined by "+":
+            ``name/update_rms``, the root mean square of the last change of the
+            parameters (with ``alpha1 = 0``: of that which the present gradients ask
+            for; NaN without any), ``name/momentum_norm`` (0 without momentum),
+            ``name/K{n}_norm``, the Frobenius norm of the factor of axis n, and
+            ``name/skipped``, the steps sat out because of a non-finite gradient. One
+            wait for each device.
+        """
+        return diagnostics(
+            self._current_stacks(), self.param_groups, self._unit_names()
+        )
 
     # ------------------------------------------------------------------- checkpoints
 
@@ -362,8 +459,23 @@ class SIRFShampoo(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    # ------------------------------------------------------------------------ copies
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs; stacks are rebuilt from the state."""
+        """Return what a copy needs; stacks are rebuilt from the state.
+
+        Hooks of users stay behind, as with every optimizer of torch.
+        """
+        left = {key for key in vars(self) if key.startswith("_optimizer_")}
         # a patched `step` (by a scheduler, by profiling) is bound to this instance
-        kept = {k: v for k, v in vars(self).items() if k != "step"}
-        return {**kept, "_stacks": None, "_workspace": Workspace()}
+        left |= {"step"}
+        kept = {key: value for key, value in vars(self).items() if key not in left}
+        # rows of stacks would bring the whole stack along
+        state = {p: {k: t.clone() for k, t in s.items()} for p, s in self.state.items()}
+        return {**kept, "state": state, "_stacks": None, "_workspace": Workspace()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` returned."""
+        super().__setstate__(state)
+        self.state = defaultdict(dict, self.state)
+        self._watch()

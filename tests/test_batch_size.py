@@ -136,11 +136,78 @@ def test_step_without_a_count_is_an_error_that_changes_nothing(
 def test_integer_installs_no_hook_and_an_optimizer_takes_its_hook_along() -> None:
     model = nn.Linear(3, 2)
     SIRFShampoo(model, batch_size=3)
-    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
     optimizer = SIRFShampoo(model)
-    assert len(model._forward_pre_hooks) == 1
+    assert len(model._forward_hooks) == 1
     for _ in range(3):
         optimizer = SIRFShampoo(model)
-    assert len(model._forward_pre_hooks) == 1
+    assert len(model._forward_hooks) == 1
     del optimizer
-    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_callable_with_two_required_parameters_gets_keyword_inputs() -> None:
+    seen: list[Any] = []
+
+    def count(
+        inputs: tuple[Tensor, ...], keywords: dict[str, Tensor], n: int = 1
+    ) -> int:
+        seen.append((inputs, keywords))
+        return 6 * n
+
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model, batch_size=count)
+    x = torch.randn(4, 3)
+    model(input=x).sum().backward()
+    assert optimizer.batch_size == 6
+    (((), keywords),) = seen
+    assert keywords["input"] is x
+
+
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_discarded_batch_does_not_count(by: str, backward: bool) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    loss = model(torch.randn(9, 3)).square().mean()
+    if backward:
+        loss.backward()
+        (optimizer if by == "optimizer" else model).zero_grad()
+    train_on(model, torch.randn(4, 3))
+    optimizer.step()
+    assert optimizer.batch_size == 4
+
+
+def test_training_in_evaluation_mode_counts_when_gradients_arrive() -> None:
+    model = nn.Linear(3, 2).eval()
+    optimizer = SIRFShampoo(model)
+    loss = model(torch.randn(4, 3)).square().mean()
+    assert optimizer.batch_size == 0
+    loss.backward()
+    assert optimizer.batch_size == 4
+    optimizer.step()
+
+
+def test_a_second_backward_pass_through_a_graph_counts_again_after_a_step() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    loss = model(torch.randn(4, 3)).square().mean()
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    assert optimizer.batch_size == 4
+    # the step changes what the graph was computed with: only the count matters here
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
+    optimizer.zero_grad()
+    loss.backward()
+    assert optimizer.batch_size == 4
+    optimizer.step()
+
+
+def test_gradients_that_no_backward_pass_made_take_the_forward_pass() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    model(torch.randn(4, 3))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.batch_size == 4

@@ -242,5 +242,5 @@ def test_verbose_init_tells_groups_and_factors(capsys: Any) -> None:
     )
     out = capsys.readouterr().out
     assert "4 pre-conditioners" in out
-    assert "'0.weight': 2x2 dense torch.float32 (x) 3x3 dense torch.float32" in out
-    assert "'1.bias': 2x2 diagonal torch.float32, by PerParameter, 2 numbers" in out
+    assert "0.weight: 2x2 dense torch.float32 (x) 3x3 dense torch.float32" in out
+    assert "1.bias: 2x2 diagonal torch.float32, by PerParameter, 2 numbers" in out

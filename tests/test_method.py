@@ -247,6 +247,7 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*have no gradient:UserWarning")
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("T", [1, 3])
 def test_units_without_gradient_rest(pattern: str, T: int) -> None:

@@ -18,7 +18,7 @@ from sirfshampoo.structures.base import StructuredMatrix
 DIMS = (0, 1, 7, 15, 16, 29, 30, 31, 60, 61, 97)
 BATCHES = ((), (3,))
 COLUMNS = (0, 1, 5)
-SCALES = (1.0, 0.3)
+SCALES = (1.0, 0.3, 0.0)
 # relative, against float64 from the same (rounded) inputs
 TOLERANCES = {
     torch.float16: 4e-3,

@@ -280,3 +280,120 @@ def test_large_sums_of_half_precision_updates_do_not_look_infinite(
     optimizer.step()
     assert optimizer.state[net.weight]["skipped"] == 0
     assert optimizer.state[net.weight]["momentum_buffer"].eq(100.0).all()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e20, 1e-9, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lam", [1e-3, 0.0])
+def test_gradients_of_any_size_leave_all_finite(
+    size: float, dtype: torch.dtype, lam: float
+) -> None:
+    nets = {name: nn.Linear(33, 20) for name in STRUCTURES}
+    optimizers = [
+        SIRFShampoo(
+            net,
+            batch_size=8,
+            beta2=0.2,
+            lam=lam,
+            structures=name,
+            preconditioner_dtypes=dtype,
+        )
+        for name, net in nets.items()
+    ]
+    steps = 200 if size == 0.0 else 30
+    for net, optimizer in zip(nets.values(), optimizers, strict=True):
+        before = net.weight.detach().clone()
+        for _ in range(steps):
+            for p in net.parameters():
+                p.grad = torch.randn_like(p) * size
+            optimizer.step()
+        for p in net.parameters():
+            assert all(t.isfinite().all() for t in numbers(optimizer, p))
+            # beyond the square root of float32's range, a step is sat out and counted
+            overflows = size == 1e20 and dtype != torch.float16
+            assert optimizer.state[p]["skipped"] == (steps if overflows else 0)
+        if size >= 1e6:
+            assert torch.equal(net.weight, before) == overflows
+        for p in net.parameters():  # ordinary gradients again
+            p.grad = torch.randn_like(p)
+        before = net.weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(net.weight, before)
+
+
+def test_half_precision_factors_stay_when_their_learning_rate_is_zero() -> None:
+    net = nn.Linear(64, 64)
+    for name in STRUCTURES:
+        optimizer = SIRFShampoo(
+            net,
+            batch_size=3,
+            beta2=0.0,
+            structures=name,
+            preconditioner_dtypes=torch.bfloat16,
+        )
+        draw_gradients(net)
+        optimizer.step()
+        for K in optimizer.preconditioner[0]:
+            assert K.to_dense().float().equal(torch.eye(64))
+
+
+def test_joint_unit_that_misses_a_gradient_rests_and_says_so_once() -> None:
+    net = model()
+    optimizer = SIRFShampoo(
+        net, batch_size=3, combine_params=(LinearWeightBias(), PerParameter())
+    )
+    draw_gradients(net)
+    net[2].bias.grad = None
+    before = numbers(optimizer, net[2].weight)
+    with pytest.warns(UserWarning, match=r"\['2.bias'\] have no gradient.*2.weight"):
+        optimizer.step()
+    optimizer.step()
+    assert all_equal(numbers(optimizer, net[2].weight), before)
+    assert net[0].weight.grad is not None
+    assert optimizer.global_step == 2
+
+
+def test_debugging_names_parameters_whose_gradients_are_not_finite() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3)
+    draw_gradients(net)
+    net[2].bias.grad[0] = float("inf")
+    optimizer.step()
+    optimizer.debug = True
+    with pytest.warns(UserWarning, match=r"gradients of \['2.bias'\] are not finite"):
+        optimizer.step()
+    assert optimizer.state[net[2].bias]["skipped"] == 2
+
+
+@pytest.mark.parametrize("alpha1", [0.0, 0.9])
+def test_diagnostics_tell_what_a_step_did(alpha1: float) -> None:
+    net = model()
+    optimizer = SIRFShampoo(
+        net,
+        batch_size=3,
+        alpha1=alpha1,
+        lr=0.1,
+        beta2=0.2,
+        combine_params=(LinearWeightBias(), PerParameter()),
+    )
+    for _ in range(3):
+        draw_gradients(net)
+        before = torch.cat([net[0].weight, net[0].bias[:, None]], 1).detach()
+        optimizer.step()
+    moved = torch.cat([net[0].weight, net[0].bias[:, None]], 1).detach() - before
+    told = optimizer.diagnostics()
+    assert set(map(type, told.values())) == {float}
+    assert list(told)[:5] == [
+        f"0.weight+0.bias/{key}"
+        for key in ("update_rms", "momentum_norm", "K0_norm", "K1_norm", "skipped")
+    ]
+    rms = moved.square().mean().sqrt().item()
+    assert told["0.weight+0.bias/update_rms"] == pytest.approx(rms, rel=1e-5)
+    momentum = (moved.norm() / 0.1).item() if alpha1 else 0.0
+    assert told["0.weight+0.bias/momentum_norm"] == pytest.approx(momentum, rel=1e-5)
+    factor = optimizer.preconditioner[0][1].to_dense().norm().item()
+    assert told["0.weight+0.bias/K1_norm"] == pytest.approx(factor, rel=1e-5)
+    assert told["3.weight+3.bias/skipped"] == 0.0
+    optimizer.zero_grad()
+    rms = optimizer.diagnostics()["0.weight+0.bias/update_rms"]
+    assert (rms != rms) == (alpha1 == 0.0)  # NaN: nothing tells of the last update

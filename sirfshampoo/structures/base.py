@@ -19,6 +19,8 @@ def product(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     Fused, it is applied before the product is rounded to the result's type, which is
     what keeps a half-precision product in range.
     """
+    if scale == 0.0:  # torch leaves a half-precision result unwritten on a CPU
+        return (A @ B).zero_()
     if A.ndim == B.ndim == 3:
         # also without a scale: `@` copies a transposed half-precision matrix on a CPU
         return torch.baddbmm(A.new_empty(()), A, B, beta=0.0, alpha=scale)
@@ -61,6 +63,9 @@ def sum_of_symmetric_products(
     *batch, d, _ = first.shape
     number = prod(batch)
     S = first.new_empty(*batch, d, d) if out is None else out
+    terms = tuple(term for term in terms if term[1] != 0.0)  # as in `product`
+    if not terms:
+        return S.zero_()
     size = max(min(d, X.shape[-1]) for X, _ in terms)
     if number == 1 and size >= _PANELS_FROM and S.device.type == "cpu":
         _fill_symmetric(S.view(d, d), [(X.view(X.shape[-2:]), s) for X, s in terms])
