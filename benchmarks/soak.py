@@ -27,7 +27,7 @@ WARM = 2  # the sample that the last one is compared with: after a tenth of the 
 WIDTH = 33  # a block of 30 and one of 3, a hierarchy with a middle
 NOISE = 0.1  # of the targets: gradients never vanish, the loss stays above its square
 RSS_LIMIT = 4 * 2**20  # bytes; allocators round, a leak of 1 KiB a step is 18 MiB
-LOSS_LIMIT = 5 * NOISE**2  # of the last sample; it starts at about 75 NOISE**2
+LOSS_LIMIT = 5 * NOISE**2  # of the last sample; the first step has 75 NOISE**2
 
 
 @contextmanager

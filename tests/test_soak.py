@@ -21,7 +21,7 @@ def test_long_runs_have_no_problems(structure: str, dtype: str, steps: int) -> N
     record = soak.soak(structure, dtype, steps)
     limit = soak.LOSS_LIMIT if steps == FULL else record["loss"][0] / 3
     assert soak.problems(record, loss_limit=limit) == []
-    assert record["loss"][0] > 10 * soak.LOSS_LIMIT
+    assert record["loss"][0] > 2 * soak.LOSS_LIMIT
     for what in ("loss", "rss", "tensors", "finite"):
         assert len(record[what]) == soak.SAMPLES
 
