@@ -3,6 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 STAMP := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The pins also hold for what pip draws to build the package.
@@ -10,11 +11,11 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench conformance report clean
+.PHONY: help setup demo lint test test-all check check-all bench conformance soak report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## create .venv and install pinned dependencies (the others do so, too)
 	@:
@@ -31,20 +32,29 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train on two tasks beside AdamW and SGD (under 3 minutes)
 	@$(RUN) examples/demo.py $(ARGS)
 
-test: setup ## run the tests (under 6 minutes)
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
-
-check: setup ## what CI runs: format, lint, types, tests
+lint: setup ## check format, style and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
-	@$(MAKE) --no-print-directory test
+
+test: setup ## run the tests (under 6 minutes)
+	@$(PYTEST) $(ARGS)
+
+test-all: setup ## run the heavy tests, too (under 25 minutes)
+	@$(PYTEST) -m '' --hypothesis-profile=heavy $(ARGS)
+
+check: lint test ## lint, then test
+
+check-all: lint test-all ## what CI runs: lint, then test-all
 
 bench: setup ## time step() for each structure beside AdamW
 	@$(RUN) -m benchmarks.step $(ARGS)
 
 conformance: setup ## measure every line of the compatibility table
 	@$(RUN) -m tests.conformance $(ARGS)
+
+soak: setup ## train for 20,000 steps with each structure (15 minutes)
+	@$(RUN) -m benchmarks.soak $(ARGS)
 
 report: setup ## rewrite the tables of the README from committed results
 	@$(RUN) -m benchmarks.report $(ARGS)

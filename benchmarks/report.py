@@ -15,6 +15,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "official": tables.official,
     "machine": tables.machine,
     "conformance": tables.conformance,
+    "soak": tables.soak,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
 
@@ -131,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for path in sorted(args.results.glob("*.json")):
         result = results.load(path)
-        if "contestants" not in result:
-            continue  # no times to draw
-        picture(result, path.with_suffix(".png"))
-        print(f"Drew {path.with_suffix('.png').name}.")
+        if "contestants" in result:
+            picture(result, path.with_suffix(".png"))
+            print(f"Drew {path.with_suffix('.png').name}.")
     return 0
 
 

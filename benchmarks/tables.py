@@ -118,18 +118,58 @@ def _official_notes(result: dict[str, Any]) -> list[str]:
 
 
 def environment_line(result: dict[str, Any]) -> str:
-    """Say in one line where, when and on what the measurement was taken."""
-    env = result["environment"]
+    """Say in one line where, when and on what the step was measured."""
     rounds = len(result["contestants"][0]["rounds"])
-    commit = f" at commit {env['commit']}" if env["commit"] else ""
     return (
-        f"Measured {env['date']}{commit} on {env['cpu']}, {env['threads']} threads, "
-        f"torch {env['torch']}, Python {env['python']}. Workload {result['workload']}: "
+        f"{_where(result['environment'])} Workload {result['workload']}: "
         f"{result['parameters']} parameters, {result['numbers']:,} numbers in float32; "
         "the type named is that of the factors. T = 1 unless said; else the mean over "
         f"whole periods. Medians over {rounds} rounds (quartiles), AdamW timed in the "
         "same round. State: all that the optimizer keeps between steps."
     )
+
+
+def _where(env: dict[str, Any]) -> str:
+    """Say when, on what and with what a measurement was taken."""
+    commit = f" at commit {env['commit']}" if env["commit"] else ""
+    threads = f"{env['threads']} thread" + ("s" if env["threads"] != 1 else "")
+    return (
+        f"Measured {env['date']}{commit} on {env['cpu']}, {threads}, "
+        f"torch {env['torch']}, Python {env['python']}."
+    )
+
+
+def soak(result: dict[str, Any]) -> Grid:
+    """Tell what very long runs did to the loss and to memory."""
+    runs, warm = result["soaks"], result["warm"]
+    header = (
+        "factors",
+        "loss, first → last",
+        "not finite, sat out",
+        "MiB in use",
+        "living tensors",
+    )
+    lines: list[tuple[str, ...]] = []
+    for run in runs:
+        rss = [bytes / 2**20 for bytes in run["rss"]]
+        lines.append(
+            (
+                f"{run['structure']}, {run['dtype']}",
+                f"{run['loss'][0]:.4f} → {run['loss'][-1]:.4f}",
+                f"{run['finite'].count(False)}, {run['skipped']}",
+                f"{rss[warm - 1]:.1f} → {rss[-1]:.1f}",
+                f"{run['tensors'][warm - 1]} → {run['tensors'][-1]}",
+            )
+        )
+    samples = len(runs[0]["loss"])
+    notes = [
+        f"{_where(result['environment'])} {runs[0]['steps']:,} steps each at a "
+        f"constant learning rate, on a net of {result['parameters']:,} numbers in "
+        f"float32 and fresh noisy examples; each run was looked at {samples} times, "
+        f"losses are means over the steps between. Memory (resident) and tensors: "
+        f"after {warm}/{samples} of the steps → at the end."
+    ]
+    return Grid(header, lines, notes)
 
 
 def conformance(result: dict[str, Any]) -> Grid:

@@ -4,11 +4,28 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# The same examples in every run, however slow the machine; `make test-all` asks for
+# the profile with many.
+hypothesis.settings.register_profile(
+    "few",
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # every example seeds the generators by itself
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "heavy", hypothesis.settings.get_profile("few"), max_examples=300
+)
+hypothesis.settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from cases import CONFIGS, FAST, MODELS, STRUCTURES, build, mixture
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint
 
 from sirfshampoo import FlattenEmbedding, LinearWeightBias, PerParameter, SIRFShampoo
 from sirfshampoo.structures import structure_class
@@ -171,6 +173,18 @@ def test_state_dict_holds_tensors_and_plain_values_only() -> None:
     for group in state_dict["param_groups"]:
         assert "combine_params" not in group
         assert "T" not in group
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reading_needs_no_code_but_that_of_torch(name: str, tmp_path: Path) -> None:
+    run, path = Run(CONFIGS[name]), tmp_path / "optimizer.pt"
+    run.steps(1)
+    torch.save(run.optimizer.state_dict(), path)
+    # nothing that `weights_only=True` refuses, and nothing that we had to allow
+    assert get_unsafe_globals_in_checkpoint(path) == []
+    assert "sirfshampoo" not in repr(get_safe_globals())
+    state_dict = torch.load(path, weights_only=True)
+    assert state_dict.keys() == run.optimizer.state_dict().keys()
 
 
 def test_every_parameter_has_its_state_from_the_start() -> None:

@@ -16,7 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     # 1 to 4 axes, an embedding, linear layers: what the snippets talk about
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Linear(6, 3))
     data = [(torch.randint(7, (8,)), torch.randint(3, (8,))) for _ in range(3)]
@@ -33,3 +33,4 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["optimizer"].global_step == len(data)
     assert not torch.equal(model[1].weight, before)
     assert (tmp_path / "optimizer.pt").exists()
+    assert (tmp_path / "optimizer.safetensors").exists()
