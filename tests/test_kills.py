@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_the_command_that_is_killed_goes_on(
     )
     try:
         while not path.exists() and process.poll() is None:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.02)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL

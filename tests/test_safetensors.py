@@ -79,8 +79,12 @@ def assert_goes_through(model: str, config: dict[str, Any], path: Path) -> None:
             assert torch.equal(ours[key], theirs[key])
 
 
-@pytest.mark.parametrize("structures", [*STRUCTURES, mixture(1)], ids=str)
-@pytest.mark.parametrize("dtypes", [None, torch.bfloat16, MIXED], ids=str)
+@pytest.mark.parametrize(
+    "structures", [*STRUCTURES, mixture(1)], ids=[*STRUCTURES, "mixture"]
+)
+@pytest.mark.parametrize(
+    "dtypes", [None, torch.bfloat16, MIXED], ids=["as-parameters", "bfloat16", "mixed"]
+)
 def test_every_structure_and_type_goes_through(
     structures: Any, dtypes: Any, tmp_path: Path
 ) -> None:
