@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -63,17 +64,27 @@ class BlockDiagonalMatrix(StructuredMatrix):
         return type(self)(self.blocks @ blocks, self.last @ last)
 
     def matmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
-        # the scale is put on the factor: it has fewer numbers than X
-        blocks, last = self.blocks * scale, self.last * scale
         Y = torch.empty_like(X)
-        factors, rows, results = (blocks, last), self._cut(X), self._cut(Y)
-        for K, x, y in zip(factors, rows, results, strict=True):
-            if _is_large(X):
-                for K_i, x_i, y_i in zip(K, x, y, strict=True):
-                    y_i.copy_(product_like(K_i, x_i))
-            else:
-                y.copy_(K @ x)
+        if _is_large(X):
+            for K_i, X_i, Y_i in zip(self._single(), X, Y, strict=True):
+                K_i._multiply_into(X_i, Y_i, scale)
+        else:
+            self._multiply_into(X, Y, scale)
         return Y
+
+    def _single(self) -> Iterator[Self]:
+        """Yield views of the matrices of a batch."""
+        for blocks, last in zip(self.blocks, self.last, strict=True):
+            yield type(self)(blocks, last)
+
+    def _multiply_into(self, X: Tensor, Y: Tensor, scale: float) -> None:
+        """Set Y to ``scale`` · K X."""
+        parts = zip(self.tensors(), self._cut(X), self._cut(Y), strict=True)
+        for K, x, y in parts:
+            if x.ndim == 3 and y.is_contiguous() and scale != 0.0:
+                torch.baddbmm(y, K, x, beta=0.0, alpha=scale, out=y)
+            else:
+                y.copy_(product_like(K, x, scale))
 
     def rmatmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
         return type(self)(self.blocks.mT, self.last.mT).matmat(X, scale=scale)
@@ -82,10 +93,10 @@ class BlockDiagonalMatrix(StructuredMatrix):
     def project_gram(cls, X: Tensor, *, scale: float = 1.0) -> Self:
         head, last = cls._cut(X)
         if _is_large(X):
-            blocks = torch.stack([part @ part.mT for part in head])
+            blocks = torch.stack([product(part, part.mT, scale) for part in head])
         else:
-            blocks = head @ head.mT
-        return cls(blocks.mul_(scale), product(last, last.mT, scale))
+            blocks = product(head, head.mT, scale)
+        return cls(blocks, product(last, last.mT, scale))
 
     def gram(self, *, scale: float = 1.0) -> Self:
         return self.map(lambda t: (t.mT @ t).mul_(scale))
