@@ -288,7 +288,8 @@ def descend(
         torch._foreach_add_(U.unbind(0), list(W), alpha=kappa)
     if moves is None:
         # V ← alpha1 · V + (U + kappa · W)
-        step = U if V is None else torch.add(U, V, alpha=alpha1, out=V)
+        # in two passes: one would round once, and not be torch.optim.SGD to the bit
+        step = U if V is None else V.mul_(alpha1).add_(U)
     else:
         # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
         rests = per_matrix(~moves, U)
