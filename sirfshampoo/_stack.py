@@ -115,6 +115,7 @@ class Stack:
         # factors have changed since
         self._kept: list[Preconditioner] | None = None
         self._outdated: set[int] = set()
+        self._version = -1  # of the factors when that was last noted
 
     # ------------------------------------------------------------------------ state
 
@@ -191,6 +192,7 @@ class Stack:
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
             self._outdated.update(range(rows.start, rows.stop))
+            self._version = self._factors_version()
         U = self.precondition(rows, G, interval=settings.interval)
         # one entry that is not finite makes the sum so
         finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
@@ -243,6 +245,10 @@ class Stack:
             return _elementwise.precondition(self._part(self.K, rows), G)  # type: ignore[arg-type]
         return precondition(self._preconditioners(rows, interval), G)
 
+    def _factors_version(self) -> int:
+        """Return a number that changes with the numbers in the factors."""
+        return sum(t._version for K_n in self.K for t in K_n.tensors())
+
     def _part(
         self, matrices: list[StructuredMatrix], rows: slice
     ) -> list[StructuredMatrix]:
@@ -270,6 +276,9 @@ class Stack:
         if interval == 1:
             return prepare(rows)
         covered, everything = set(range(rows.start, rows.stop)), len(self.units)
+        if self._version != self._factors_version():  # someone wrote into the state
+            self._outdated.update(range(everything))
+            self._version = self._factors_version()
         if self._kept is None or self._outdated & covered:
             if self._kept is None or len(covered) == everything:
                 self._kept = None  # its memory is free before the next is made

@@ -415,3 +415,23 @@ def test_the_state_follows_a_model_whose_type_changes(structures: str) -> None:
     assert torch.equal(buffer, kept.double())
     optimizer.step()
     assert optimizer.state[net[0].weight]["step"] == 2
+
+
+@pytest.mark.parametrize("structures", ["dense", "block30diagonal", "diagonal"])
+def test_factors_that_are_written_in_place_count_at_once(structures: str) -> None:
+    net = model()
+    optimizer = SIRFShampoo(
+        net, batch_size=3, T=10, alpha1=0.0, lr=0.1, structures=structures
+    )
+    for _ in range(3):
+        draw_gradients(net)
+        optimizer.step()
+    for matrix in optimizer.preconditioner[2]:  # as a distributed checkpoint does
+        for tensor in matrix.tensors():
+            tensor.mul_(2.0)
+    factors = [K.to_dense() for K in optimizer.preconditioner[2]]
+    draw_gradients(net)
+    before, G = net[2].weight.detach().clone(), net[2].weight.grad.clone()
+    optimizer.step()
+    A, B = (K @ K.mT for K in factors)
+    torch.testing.assert_close(net[2].weight, before - 0.1 * A @ G @ B)
