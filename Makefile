@@ -40,7 +40,7 @@ lint: setup ## check format, style and types
 test: setup ## run the tests (under 6 minutes)
 	@$(PYTEST) $(ARGS)
 
-test-all: setup ## run the heavy tests, too (under 25 minutes)
+test-all: setup ## run the heavy tests, too (about 10 minutes)
 	@$(PYTEST) -m '' --hypothesis-profile=heavy $(ARGS)
 
 check: lint test ## lint, then test
