@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import unserializable_hook
 
 BatchSize = int | Callable[..., int]
+_Gradients = list[tuple[Tensor | None, int]]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -28,7 +29,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         for entry in value:
             yield from _tensors(entry)
     elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors(vars(value))
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
 
 
 def get_batch_size(inputs: tuple[Tensor, ...]) -> int:
@@ -101,7 +102,8 @@ class BatchSizeCounter:
         self._counted = 0  # examples whose gradients are there
         self._announced = 0  # examples of training mode that await their gradients
         self._period = 0  # changes whenever the count is forgotten
-        self._arriving: list[_ForwardPass] | None = None  # in this backward pass
+        # what gradients flow back from, in each backward pass that is under way
+        self._arriving: dict[int, list[_ForwardPass]] = {}
         if callable(batch_size):
             self._count = batch_size
             self._takes_keywords = _takes_keywords(batch_size)
@@ -115,12 +117,17 @@ class BatchSizeCounter:
 
     # ----------------------------------------------------------------- forward pass
 
-    def watch(self, model: Module) -> RemovableHandle | None:
+    def watch(self, model: Module) -> ForwardHook | None:
         """Have the model's forward passes noted, if there is a callable."""
-        _remove_dead_hooks(model)
+        for hook in list(model._forward_hooks.values()):
+            if isinstance(hook, ForwardHook) and hook.is_dead:
+                hook.remove_from(model)  # it came with a copy of a model
         if self._count is None:
             return None
-        return model.register_forward_hook(_ForwardHook(self), with_kwargs=True)
+        forward_hook = ForwardHook()
+        forward_hook.attach(self)
+        model.register_forward_hook(forward_hook, with_kwargs=True)
+        return forward_hook
 
     def note(
         self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -128,19 +135,21 @@ class BatchSizeCounter:
         """Announce the examples of a forward pass that gradients can come from."""
         if self._count is None or not torch.is_grad_enabled():
             return
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return
         try:
             size = self._size(args, kwargs)
         except ValueError:
             if training:
                 raise
             return  # evaluation need not fit what training needs
-        self._arriving = None  # a backward pass that failed never ends
         forward = _ForwardPass(size, announced=size if training else 0)
         self._announced += forward.announced
         counter = weakref.ref(self)
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
-                tensor.register_hook(partial(_arrive, counter, forward))
+                hook = unserializable_hook(partial(_arrive, counter, forward))
+                tensor.register_hook(hook)
 
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return what the callable says of inputs."""
@@ -161,19 +170,21 @@ class BatchSizeCounter:
 
     def arrive(self, forward: _ForwardPass) -> None:
         """Note that gradients flow back from the outputs of a forward pass."""
-        if self._arriving is None:  # the first output in this backward pass
-            self._arriving = []
+        task = torch._C._current_graph_task_id()  # one may run within another
+        if task not in self._arriving:  # the first output in this backward pass
             before = self._gradients()
-            if all(version is None for _, version in before):
+            if all(gradient is None for gradient, _ in before):
                 self.forget()
+            self._arriving[task] = []
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(_end, weakref.ref(self), before))
-        self._arriving.append(forward)
+            engine.queue_callback(partial(_end, weakref.ref(self), task, before))
+        self._arriving[task].append(forward)
 
-    def end(self, before: list[tuple[int, int | None]]) -> None:
+    def end(self, task: int, before: _Gradients) -> None:
         """Count what arrived, if the backward pass has changed ``.grad``."""
-        arrived, self._arriving = self._arriving or [], None
-        if self._gradients() == before:
+        arrived = self._arriving.pop(task, [])
+        pairs = zip(self._gradients(), before, strict=True)
+        if all(now is was and version == old for (now, version), (was, old) in pairs):
             return  # gradients with respect to something else
         for forward in arrived:
             self._announced = max(self._announced - forward.announced, 0)
@@ -182,10 +193,10 @@ class BatchSizeCounter:
                 forward.period = self._period
                 self._counted += forward.size
 
-    def _gradients(self) -> list[tuple[int, int | None]]:
-        """Return what changes with the present gradients."""
+    def _gradients(self) -> _Gradients:
+        """Return the present gradients, each with a number that changes with it."""
         grads = [p.grad for p in self.params]
-        return [(id(g), None if g is None else g._version) for g in grads]
+        return [(g, -1 if g is None else g._version) for g in grads]
 
     # ------------------------------------------------------------------------- step
 
@@ -218,16 +229,15 @@ class BatchSizeCounter:
         if self._count is not None:
             self._last = size or self._last
             self._announced = 0
+            self._arriving.clear()  # of backward passes that failed
             self.forget()
 
 
-def _end(
-    counter: weakref.ref[BatchSizeCounter], before: list[tuple[int, int | None]]
-) -> None:
+def _end(counter: weakref.ref[BatchSizeCounter], task: int, before: _Gradients) -> None:
     """End a backward pass for a counter that may be gone."""
     present = counter()
     if present is not None:
-        present.end(before)
+        present.end(task, before)
 
 
 def _arrive(
@@ -239,18 +249,22 @@ def _arrive(
         present.arrive(forward)
 
 
-class _ForwardHook:
+class ForwardHook:
     """Lets a counter note the forward passes of a model.
 
-    It does not keep the counter alive. Its copies, which come into being with copies
-    of the model, count for nobody; a copied optimizer registers its own.
+    It does not keep the counter alive. A copy, which comes into being with a copy of
+    the model, counts for nobody, unless the optimizer was copied with it: that attaches
+    its own counter.
     """
 
-    def __init__(self, counter: BatchSizeCounter | None) -> None:
-        self._counter = None if counter is None else weakref.ref(counter)
-        if counter is not None:
-            # traced, the count would become a constant, or a reason to compile anew
-            self._note = torch.compiler.disable(self._note_untraced)
+    def __init__(self) -> None:
+        self._counter: weakref.ref[BatchSizeCounter] | None = None
+
+    def attach(self, counter: BatchSizeCounter) -> None:
+        """Count for a counter from now on."""
+        self._counter = weakref.ref(counter)
+        # traced, the count would become a constant, or a reason to compile anew
+        self._note = torch.compiler.disable(self._note_untraced)
 
     @property
     def is_dead(self) -> bool:
@@ -273,14 +287,13 @@ class _ForwardHook:
         if counter is not None:
             counter.note(*forward_pass)
 
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None]]:
-        """Return how to make a copy."""
-        return type(self), (None,)
+    def remove_from(self, model: Module) -> None:
+        """Remove this hook from a model."""
+        for key, hook in list(model._forward_hooks.items()):
+            if hook is self:
+                del model._forward_hooks[key]
+                model._forward_hooks_with_kwargs.pop(key, None)
 
-
-def _remove_dead_hooks(model: Module) -> None:
-    """Remove hooks that came with a copy of a model."""
-    for key, hook in list(model._forward_hooks.items()):
-        if isinstance(hook, _ForwardHook) and hook.is_dead:
-            del model._forward_hooks[key]
-            model._forward_hooks_with_kwargs.pop(key, None)
+    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
+        """Return how to make a copy, which counts for nobody at first."""
+        return type(self), ()

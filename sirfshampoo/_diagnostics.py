@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sirfshampoo._stack import Stack
 from sirfshampoo._units import Unit
+from sirfshampoo.structures.base import accumulation_dtype
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.
 _TO_USER = 5
@@ -33,8 +35,12 @@ def diagnostics(
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
             of_unit[unit.group] = _of_row(stack, row, lr)
+    joined = ["+".join(of_unit) for of_unit in names]
+    # names that users gave need not differ
+    times = Counter(joined)
+    unique = [n if times[n] == 1 else f"{n}#{i}" for i, n in enumerate(joined)]
     values = {
-        f"{'+'.join(names[index])}/{key}": value
+        f"{unique[index]}/{key}": value
         for index, numbers in sorted(of_unit.items())
         for key, value in numbers.items()
     }
@@ -48,12 +54,15 @@ def diagnostics(
 def _of_row(stack: Stack, row: int, lr: float) -> dict[str, Tensor]:
     """Return numbers on a unit as 0-d tensors."""
     unit = stack.units[row]
-    zero = torch.zeros((), dtype=torch.float32, device=stack.skipped.device)
+    zero = torch.zeros((), dtype=torch.float64, device=stack.skipped.device)
     direction = momentum = [V_j[row].flatten() for V_j in stack.V or []]
     if not momentum and unit.has_gradients():
         G = unit.joint_gradient().unsqueeze(0)
         direction = [stack.precondition(slice(row, row + 1), G)]
-    norms = [torch.linalg.vector_norm(t, dtype=zero.dtype) for t in direction]
+    norms = [
+        torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
+        for t in direction
+    ]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else zero / zero
     return {
         "update_rms": norm * (lr / max(unit.dims.numel(), 1) ** 0.5),

@@ -60,7 +60,8 @@ def update_factors(
         elif finite is None:
             m_n = m[n].diag.lerp_(s_n.to(dtype), 1 - alpha2)
         else:
-            m_n = m[n].diag.lerp_(s_n.to(dtype), (finite * (1 - alpha2)).to(dtype))
+            weight = finite.to(s_n.dtype) * (1 - alpha2)
+            m_n = m[n].diag.lerp_(s_n.to(dtype), weight.to(dtype))
         # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
         norm = torch.linalg.vector_norm(m_n, dim=-1, keepdim=True, dtype=s_n.dtype)
         rate = norm.clamp_(min=1.0).reciprocal_()

@@ -189,6 +189,9 @@ class Stack:
         units = self.units[rows]
         G = _stacked([unit.joint_gradient() for unit in units])
         moves = None
+        if self._version != self._factors_version():  # someone wrote into the state
+            self._outdated.update(range(len(self.units)))
+            self._version = self._factors_version()
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
             self._outdated.update(range(rows.start, rows.stop))
@@ -276,9 +279,6 @@ class Stack:
         if interval == 1:
             return prepare(rows)
         covered, everything = set(range(rows.start, rows.stop)), len(self.units)
-        if self._version != self._factors_version():  # someone wrote into the state
-            self._outdated.update(range(everything))
-            self._version = self._factors_version()
         if self._kept is None or self._outdated & covered:
             if self._kept is None or len(covered) == everything:
                 self._kept = None  # its memory is free before the next is made

@@ -23,6 +23,7 @@ from sirfshampoo.structures.base import (
     is_column_major,
     per_matrix,
 )
+from sirfshampoo.structures.dense import DenseMatrix
 
 #: Where entries of a float16 factor saturate: one update must not reach 65,504.
 LARGEST_FLOAT16 = 4096.0
@@ -69,13 +70,15 @@ class Workspace:
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def like(self, K: StructuredMatrix, slot: int) -> StructuredMatrix | None:
-        """Return a matrix like K with any numbers; it is valid until the next one.
+        """Return a dense matrix like K with any numbers; None for other structures.
+
+        It is valid until the next one of its slot and type.
 
         Args:
             K: The matrix.
             slot: What lies in different slots does not overlap.
         """
-        if K.device.type != "cpu":
+        if K.device.type != "cpu" or not isinstance(K, DenseMatrix):
             return None
         sizes = [t.numel() for t in K.tensors()]
         buffer = self._buffers.get((K.dtype, slot))

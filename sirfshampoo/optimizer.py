@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from sirfshampoo._batch_size import BatchSizeCounter, get_batch_size
+from sirfshampoo._batch_size import BatchSizeCounter, ForwardHook, get_batch_size
 from sirfshampoo._checkpoint import check_fit, with_code, without_code
 from sirfshampoo._config import (
     CYCLED_MOMENTUM,
@@ -55,6 +55,13 @@ class _NoModel(Module):
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Return the parameters."""
         return iter(self._given)  # type: ignore[arg-type]
+
+
+def _unwatch(model: weakref.ref[Module], hook: ForwardHook) -> None:
+    """Remove a hook from a model that may be gone."""
+    present = model()
+    if present is not None:
+        hook.remove_from(present)
 
 
 class SIRFShampoo(Optimizer):
@@ -178,6 +185,8 @@ class SIRFShampoo(Optimizer):
         self.global_step = 0
         self.debug = False
         self._batch_size = BatchSizeCounter(batch_size)
+        self._hook: ForwardHook | None = None
+        self._is_set_up = False
         self._told: set[int] = set()  # units whose missing gradients were told
         self._units: list[Unit] = []
         self._stacks: list[Stack] | None = None
@@ -190,16 +199,18 @@ class SIRFShampoo(Optimizer):
         self._identified.clear()
         self._check_memory(self._units, self.param_groups)
         self._restack()
-        self._watch()
+        self._is_set_up = True
+        if self._model is not None:
+            self._hook = self._batch_size.watch(self._model)
+            self._unwatch_at_the_end()
         if verbose_init:
             print(self._summary())
 
-    def _watch(self) -> None:
-        """Have the forward passes of the model counted, as long as this lives."""
-        if self._model is not None:
-            handle = self._batch_size.watch(self._model)
-            if handle is not None:
-                weakref.finalize(self, handle.remove).atexit = False
+    def _unwatch_at_the_end(self) -> None:
+        """Take the hook along when this is no more."""
+        if self._hook is not None and self._model is not None:
+            model = weakref.ref(self._model)
+            weakref.finalize(self, _unwatch, model, self._hook).atexit = False
 
     # ----------------------------------------------------------------------- groups
 
@@ -249,13 +260,13 @@ class SIRFShampoo(Optimizer):
             )
         finally:
             self.param_groups = before
-        if self._stacks is not None:  # else the constructor does it once for all
+        if self._is_set_up:  # else the constructor does it once for all
             self._identified.clear()
             self._check_memory([*self._units, *units], [*before, *groups])
         self.param_groups += groups
         self._units += units
         self._batch_size.params += [p for unit in units for p in unit.params]
-        if self._stacks is not None:
+        if self._is_set_up:
             self._restack()
 
     def _check_memory(
@@ -341,8 +352,9 @@ class SIRFShampoo(Optimizer):
             for stack in stacks:
                 for rows, shared in stack.runs(settings):
                     stack.take_step(rows, shared, batch_size, self._workspace)
-                stack.step.add_(1)
         self.global_step += 1
+        for stack in stacks:
+            stack.step.fill_(self.global_step)
         self._batch_size.close(batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -490,10 +502,18 @@ class SIRFShampoo(Optimizer):
         kept = {key: value for key, value in vars(self).items() if key not in left}
         # rows of stacks would bring the whole stack along
         state = {p: {k: t.clone() for k, t in s.items()} for p, s in self.state.items()}
-        return {**kept, "state": state, "_stacks": None, "_workspace": Workspace()}
+        made_anew: dict[str, Any] = {
+            "_stacks": None,
+            "_workspace": Workspace(),
+            "_identified": {},
+        }
+        return {**kept, "state": state, **made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what `__getstate__` returned."""
         super().__setstate__(state)
         self.state = defaultdict(dict, self.state)
-        self._watch()
+        if self._hook is not None:
+            # the copied model has it already, or will when it is complete
+            self._hook.attach(self._batch_size)
+            self._unwatch_at_the_end()

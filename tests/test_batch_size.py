@@ -1,10 +1,15 @@
 """The batch size is that of the examples whose gradients are in ``.grad``."""
 
+import pickle
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from sirfshampoo import SIRFShampoo
 from sirfshampoo.optimizer import get_batch_size
@@ -211,3 +216,80 @@ def test_gradients_that_no_backward_pass_made_take_the_forward_pass() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.batch_size == 4
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpointed_calls_in_one_backward_pass_count_once_each(
+    early_stop: bool,
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = SIRFShampoo(model)
+    with set_checkpoint_early_stop(early_stop):
+        losses = [
+            checkpoint(model, torch.randn(n, 3), use_reentrant=False).square().mean()
+            for n in (4, 5, 6)
+        ]
+        sum(losses).backward()
+    assert optimizer.batch_size == 15
+
+
+def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
+    def refuse(gradient: Tensor) -> None:
+        raise KeyError("no")
+
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    good, bad = model(torch.randn(5, 3)), model(torch.randn(4, 3))
+    optimizer_input = bad.square()
+    handle = model.weight.register_hook(refuse)
+    with pytest.raises(KeyError):
+        optimizer_input.mean().backward()
+    handle.remove()
+    optimizer.zero_grad()
+    good.square().mean().backward()
+    assert optimizer.batch_size == 5
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_micro_batches_add_up_when_gradients_are_differentiable() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model)
+    for n in (4, 5, 6):
+        model(torch.randn(n, 3)).square().mean().backward(create_graph=True)
+    assert optimizer.batch_size == 15
+    optimizer.zero_grad()
+
+
+def test_a_model_may_hold_its_optimizer_and_be_copied() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.optimizer = SIRFShampoo(model)
+    for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(copied._forward_hooks) == 1
+        train_on(copied, torch.randn(4, 3))
+        copied.optimizer.step()
+        assert copied.optimizer.batch_size == 4
+        assert model.optimizer.batch_size == 0
+        assert not torch.equal(copied[0].weight, model[0].weight)
+
+
+def test_outputs_may_be_traced_saved_and_of_a_class_with_slots(tmp_path: Any) -> None:
+    @dataclass(slots=True)
+    class Output:
+        y: Tensor
+
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return Output(super().forward(x))
+
+    model = Model(3, 2)
+    optimizer = SIRFShampoo(model)
+    model(torch.randn(4, 3)).y.sum().backward()
+    assert optimizer.batch_size == 4
+
+    plain = nn.Linear(3, 2)
+    watching = SIRFShampoo(plain)
+    torch.save(plain(torch.randn(4, 3)), tmp_path / "output.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(plain, torch.randn(4, 3))
+    assert watching.batch_size == 4

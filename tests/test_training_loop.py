@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
+from sirfshampoo._stack import Stack
 
 
 def model() -> nn.Sequential:
@@ -419,7 +420,7 @@ def test_the_state_follows_a_model_whose_type_changes(structures: str) -> None:
 
 @pytest.mark.parametrize("structures", ["dense", "block30diagonal", "diagonal"])
 def test_factors_that_are_written_in_place_count_at_once(structures: str) -> None:
-    net = model()
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(4, 5))
     optimizer = SIRFShampoo(
         net, batch_size=3, T=10, alpha1=0.0, lr=0.1, structures=structures
     )
@@ -430,8 +431,66 @@ def test_factors_that_are_written_in_place_count_at_once(structures: str) -> Non
         for tensor in matrix.tensors():
             tensor.mul_(2.0)
     factors = [K.to_dense() for K in optimizer.preconditioner[2]]
+    # its neighbour in the stack is updated in this step, it is not
+    optimizer.param_groups[0]["T"] = 3
     draw_gradients(net)
-    before, G = net[2].weight.detach().clone(), net[2].weight.grad.clone()
+    before, G = net[1].weight.detach().clone(), net[1].weight.grad.clone()
     optimizer.step()
     A, B = (K @ K.mT for K in factors)
-    torch.testing.assert_close(net[2].weight, before - 0.1 * A @ G @ B)
+    torch.testing.assert_close(net[1].weight, before - 0.1 * A @ G @ B)
+
+
+def test_a_step_that_is_interrupted_leaves_a_state_that_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3)
+    draw_gradients(net)
+    optimizer.step()
+    taken, calls = Stack.take_step, []
+
+    def interrupted(self: Stack, *args: Any) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        taken(self, *args)
+
+    monkeypatch.setattr(Stack, "take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    assert optimizer.global_step == 2
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_a_sick_row_does_not_cost_its_neighbours_precision() -> None:
+    momenta = []
+    for poison in (0.0, float("nan")):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Linear(4, 5)).double()
+        optimizer = SIRFShampoo(net, batch_size=3, alpha2=0.9, structures="diagonal")
+        draw_gradients(net)
+        net[1].weight.grad[0, 0] += poison
+        optimizer.step()
+        momenta.append(optimizer.preconditioner_momenta[0][0].to_dense())
+    assert torch.equal(*momenta)
+
+
+def test_a_copy_takes_further_groups() -> None:
+    net, optimizer = deepcopy((net := model(), SIRFShampoo(net, batch_size=3)))
+    for _ in range(2):
+        net.append(nn.Linear(2, 2))
+        optimizer.add_param_group({"params": net[-1].parameters()})
+    assert len(optimizer.param_groups) == 10
+
+
+def test_diagnostics_of_float64_and_of_names_that_coincide() -> None:
+    a, b = nn.Parameter(torch.ones(3).double()), nn.Parameter(torch.ones(3).double())
+    groups = [{"params": [("w", a)]}, {"params": [("w", b)]}]
+    optimizer = SIRFShampoo(groups, batch_size=3)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    told = optimizer.diagnostics()
+    assert told["w#0/update_rms"] == told["w#1/update_rms"] > 0
