@@ -354,7 +354,7 @@ class SIRFShampoo(Optimizer):
                     stack.take_step(rows, shared, batch_size, self._workspace)
         self.global_step += 1
         for stack in stacks:
-            stack.step.fill_(self.global_step)
+            stack.step.add_(1)
         self._batch_size.close(batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
