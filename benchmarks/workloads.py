@@ -6,6 +6,8 @@ from math import prod
 
 Shapes = dict[str, tuple[int, ...]]
 
+MOST_NUMBERS = 2**24  # in the operand of a batched product: 64 MiB in float32
+
 
 def gpt(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
     """Return the parameters of a GPT with biases and an untied head.
@@ -99,15 +101,18 @@ def largest_products(shapes: Shapes, most: int = 3) -> list[tuple[int, int, int]
         most: How many to return at most.
 
     Returns:
-        Number of equal products in a step, d, and columns of the tensor as a matrix;
-        the costliest first.
+        Number of equal products in a step (as many as fit into `MOST_NUMBERS` at
+        once), d, and columns of the tensor as a matrix; the costliest first.
     """
     tensors = [shape for shape in shapes.values() if len(shape) > 1]
     if not tensors:  # of a vector's factor, KᵀK costs most
         tensors = [shape * 2 for shape in shapes.values()]
     found = Counter((d, prod(shape) // d) for shape in tensors for d in shape)
     costly = sorted(found, key=lambda x: found[x] * x[0] ** 2 * x[1], reverse=True)
-    return [(found[d, columns], d, columns) for d, columns in costly[:most]]
+    return [
+        (max(1, min(found[d, n], MOST_NUMBERS // (d * max(d, n)))), d, n)
+        for d, n in costly[:most]
+    ]
 
 
 WORKLOADS: dict[str, Callable[[], Shapes]] = {
