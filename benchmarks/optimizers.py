@@ -53,7 +53,7 @@ def _sirfshampoo(
     return built
 
 
-def _adamw(**options: bool) -> "Builder":
+def _adamw(**options: Any) -> "Builder":
     def build(model: nn.Module, spec: Mapping[str, Any], _: Any) -> Built:
         return torch.optim.AdamW(model.parameters(), lr=LR, **options)
 

@@ -271,9 +271,12 @@ def environment_line(result: dict[str, Any]) -> str:
 def _where(env: dict[str, Any]) -> str:
     """Say when, on what and with what a measurement was taken."""
     commit = f" at commit {env['commit']}" if env["commit"] else ""
+    machine = env["cpu"]
+    if env.get("device", "cpu") != "cpu":  # older files were all measured on a CPU
+        machine = f"{env['device']} beside {machine}"
     threads = f"{env['threads']} thread" + ("s" if env["threads"] != 1 else "")
     return (
-        f"Measured {env['date']}{commit} on {env['cpu']}, {threads}, "
+        f"Measured {env['date']}{commit} on {machine}, {threads}, "
         f"torch {env['torch']}, Python {env['python']}."
     )
 

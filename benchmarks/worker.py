@@ -209,8 +209,10 @@ class Worker:
         for _ in range(steps):
             entry.step()
         moves = [p.detach() - s for p, s in zip(entry.params, start, strict=True)]
-        units: Any = entry.optimizer.preconditioner  # type: ignore[attr-defined]
-        factors = [K.to_dense().clone() for unit in units for K in unit]
+        optimizer: Any = entry.optimizer
+        factors = [
+            K.to_dense().clone() for unit in optimizer.preconditioner for K in unit
+        ]
         moves, factors = ([t.cpu() for t in x] for x in (moves, factors))
         torch.save({"moves": moves, "factors": factors}, path)
 
@@ -297,7 +299,8 @@ def _least_bytes(row: Any, T: int) -> float:
     """
     gradient = 4 * row.parameters
     update = gradient + 2 * row.factor_bytes
-    return update / T + 3 * gradient + row.factor_bytes + 2 * row.momentum_bytes
+    always = 3 * gradient + row.factor_bytes + 2 * row.momentum_bytes
+    return float(update / T + always)
 
 
 def main() -> None:
