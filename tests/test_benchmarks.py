@@ -196,7 +196,8 @@ def test_peak_is_what_a_step_takes_beside_what_it_keeps() -> None:
         torch.ones(size // 4).sum()
     if Path("/proc/self/clear_refs").exists():
         assert peak.bytes is not None
-        assert size <= peak.bytes < 1.5 * size
+        # Linux counts pages in batches, and the first call takes some of its own.
+        assert peak.bytes == pytest.approx(size, rel=0.25)
     else:
         assert peak.bytes is None
 
