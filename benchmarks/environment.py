@@ -1,4 +1,4 @@
-"""Where a measurement was taken, and the folder of the official package there."""
+"""Where a measurement was taken, and the folders of the packages beside this one."""
 
 import os
 import platform
@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OFFICIAL = ("sirfshampoo==0.0.1", "singd==0.0.5", "einops==0.8.2")
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "official": ("sirfshampoo==0.0.1", "singd==0.0.5", "einops==0.8.2"),
+    "pytorch-optimizer": ("pytorch-optimizer==4.1.0",),
+    "heavyball": ("heavyball==3.2.1", "opt-einsum==3.4.0"),
+}
+"""What is installed into a folder of its own, but torch and numpy."""
+
+IMPORT_NAMES = {"pytorch-optimizer": "pytorch_optimizer", "heavyball": "heavyball"}
+"""What a package is imported as, if not as `sirfshampoo`."""
 
 
 def cores() -> int:
@@ -23,7 +31,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe(threads: int) -> dict[str, Any]:
+def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Return the facts that a measurement depends on."""
     config = torch.__config__.show().splitlines()
     wanted = ("CPU capability", "MKL", "Math Kernel", "OpenMP")
@@ -41,6 +49,7 @@ def describe(threads: int) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": cores(),
         "threads": threads,
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         "load_at_start": round(os.getloadavg()[0], 2),
     }
 
@@ -65,12 +74,12 @@ def _commit() -> str | None:
     return out.stdout.strip() or None
 
 
-def official_folder() -> Path:
-    """Install the official package into a folder of its own, unless it is there.
+def folder_of(package: str) -> Path:
+    """Install one of `PACKAGES` into a folder of its own, unless it is there.
 
-    It shares its import name with this package, so it must not enter the
-    environment. Its dependencies are named one by one: resolved, they would pull in
-    another build of torch.
+    The official package shares its import name with this one, so it must not enter the
+    environment; nor need the others. Dependencies are named one by one: resolved, they
+    would pull in another build of torch.
 
     Returns:
         The folder to put on the path of the process that measures it.
@@ -78,14 +87,15 @@ def official_folder() -> Path:
     Raises:
         RuntimeError: If pip fails, for example without a network.
     """
-    target = ROOT / "build" / "-".join(OFFICIAL).replace("==", "-")
+    wanted = PACKAGES[package]
+    target = ROOT / "build" / "-".join(wanted).replace("==", "-")
     if target.is_dir():
         return target
     numpy = () if find_spec("numpy") else ("numpy",)
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     options = ["--no-deps", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "install", *options]
-    command += ["--target", str(partial), *OFFICIAL, *numpy]
+    command += ["--target", str(partial), *wanted, *numpy]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

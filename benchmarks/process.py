@@ -16,10 +16,24 @@ class WorkerError(RuntimeError):
 class Worker:
     """Runs `worker.py` in a process that sees one package called `sirfshampoo`."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        """Start the process with `folder` alone on its path."""
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        device: str = "cpu",
+        package: str = "sirfshampoo",
+    ) -> None:
+        """Start the process.
+
+        Args:
+            folder: Where it finds what it measures, before all other places.
+            threads: How many threads it uses.
+            device: Where its tensors are.
+            package: The import name of what it measures.
+        """
         script = Path(__file__).with_name("worker.py")
-        path = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        places = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+        path = {"PYTHONPATH": places, "OMP_NUM_THREADS": str(threads)}
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in close()
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(script)],
@@ -30,10 +44,11 @@ class Worker:
             text=True,
         )
         try:
-            self.versions = self.ask("hello", threads=threads)["versions"]
-            origin = Path(self.ask("origin")).resolve()
+            hello = self.ask("hello", threads=threads, device=device)
+            self.versions = hello["versions"]
+            origin = Path(self.ask("origin", package=package)).resolve()
             if folder.resolve() not in origin.parents:
-                raise WorkerError("sirfshampoo was imported from elsewhere.")
+                raise WorkerError(f"{package} was imported from elsewhere.")
         except BaseException:
             self.close()
             raise

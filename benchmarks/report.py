@@ -13,6 +13,8 @@ from benchmarks.environment import ROOT
 TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "step": tables.step,
     "official": tables.official,
+    "work": tables.work,
+    "scaling": tables.scaling,
     "machine": tables.machine,
     "conformance": tables.conformance,
     "soak": tables.soak,
@@ -28,7 +30,7 @@ MARKER = re.compile(
     re.DOTALL,
 )
 DEFAULT_NAME = "gpt256"
-OWN_NAMES = ("conformance",)
+OWN_NAMES = ("conformance", "scaling")
 """Tables whose results stand in a file of their own name."""
 
 
@@ -90,7 +92,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         names,
         middle,
         xerr=errors,
-        color=[colors[row.package] for row in measured],
+        color=[colors.get(row.package, "tab:green") for row in measured],
         error_kw={"elinewidth": 1, "capsize": 2},
     )
     axes.bar_label(bars, labels=[f"{m:.3g}" for m in middle], padding=4)

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean, linear_regression, median, quantiles
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,15 +34,20 @@ class Row:
     """What was measured of one contestant.
 
     Attributes:
-        package: `"torch"`, `"ours"` or `"official"`.
+        package: `"torch"`, `"ours"`, `"official"` or another package's name.
         title: The configuration in words.
-        dtype: Data type of the factors; `None` for AdamW.
-        T: Steps from one update of the factors to the next; `None` for AdamW.
+        dtype: Data type of the factors; `None` for other optimizers.
+        T: Steps from one update of the factors to the next; `None` where all steps
+            are alike.
         ms: Milliseconds a step, one list for each round. With `T > 1` every number
             is the mean over one period.
         unit: Milliseconds of AdamW in each round, taken right before.
         bytes: What the optimizer keeps between steps.
         error: Why there is no (further) measurement, if so.
+        peak: How much more memory a step takes at most; `None` if not measured.
+        flops: Floating-point operations of a step, counted from shapes; `None` if they
+            were not counted.
+        moved: The bytes a step has to move; `None` unless all factors are diagonal.
     """
 
     package: str
@@ -52,6 +58,9 @@ class Row:
     unit: list[float]
     bytes: int | None
     error: str | None
+    peak: int | None = None
+    flops: float | None = None
+    moved: float | None = None
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Row":
@@ -65,6 +74,10 @@ class Row:
             unit=[median(r["unit_ms"]) for r in record["rounds"]],
             bytes=record["bytes"],
             error=record["error"],
+            # Older files lack these.
+            peak=record.get("peak"),
+            flops=(record.get("work") or {}).get("flops"),
+            moved=(record.get("work") or {}).get("bytes"),
         )
 
     def time(self) -> Spread:
@@ -91,6 +104,25 @@ def period_means(ms: Sequence[float], T: int) -> list[float]:
     if len(ms) % T:
         raise ValueError(f"{len(ms)} steps are not whole periods of T={T}.")
     return [fmean(ms[i : i + T]) for i in range(0, len(ms), T)]
+
+
+def growth(record: dict[str, Any], grown: str) -> tuple[list[int], list[float]]:
+    """Return the sizes of growing networks, and the milliseconds a step took."""
+    cases = record["growth"][grown]
+    return [case["size"] for case in cases], [
+        median(
+            ms
+            for one_round in case["rounds"]
+            for ms in period_means(one_round["ms"], record["T"] or 1)
+        )
+        for case in cases
+    ]
+
+
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """Fit `time = constant · size^exponent` by least squares of the logarithms."""
+    slope, _ = linear_regression([log(x) for x in sizes], [log(y) for y in times])
+    return slope
 
 
 def rows(result: dict[str, Any]) -> list[Row]:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import AGAINST_OFFICIAL, LIMITS, LIMITS_HOLD_ON
-from benchmarks.results import Row, Spread, pairs, rows
+from benchmarks.results import Row, Spread, growth, pairs, rows
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class Grid:
 
 def configuration(row: Row) -> str:
     """Name what was measured, in words."""
-    if row.dtype is None:
-        return row.title
-    return f"{row.title}, {row.dtype}" + (f", T = {row.T}" if row.T != 1 else "")
+    name = row.title
+    if row.package not in ("torch", "ours", "official"):
+        name += f" of {row.package}"
+    if row.dtype is not None:
+        name += f", {row.dtype}"
+    return name + (f", T = {row.T}" if row.T not in (None, 1) else "")
 
 
 def step(result: dict[str, Any], limits: bool = False) -> Grid:
@@ -53,6 +56,9 @@ def step(result: dict[str, Any], limits: bool = False) -> Grid:
         One line for each contestant.
     """
     header: tuple[str, ...] = ("configuration", "ms per step", "× AdamW step", "state")
+    has_peak = any(row.peak is not None for row in rows(result))
+    if has_peak:
+        header += ("more in a step",)
     lines: list[tuple[str, ...]] = []
     for row in rows(result):
         if row.package == "official":
@@ -64,6 +70,8 @@ def step(result: dict[str, Any], limits: bool = False) -> Grid:
             time = f"{row.time().median:.2f}"
             state = _bytes(row.bytes or 0)
             cells = (configuration(row), time, _spread(row.ratio()), state)
+        if has_peak:
+            cells += ("" if row.peak is None else _bytes(row.peak),)
         if limits:
             fastest = f"{row.time().min:.2f}" if row.ms else ""
             wanted = _verdict(row) if result["workload"] == LIMITS_HOLD_ON else ""
@@ -71,7 +79,138 @@ def step(result: dict[str, Any], limits: bool = False) -> Grid:
         lines.append(cells)
     if limits:
         header += ("fastest ms", "limit")
-    return Grid(header, lines, [environment_line(result)])
+    return Grid(header, lines, [environment_line(result), *_peer_notes(result)])
+
+
+def _peer_notes(result: dict[str, Any]) -> list[str]:
+    """Say what the other packages are, and what has to be known of them."""
+    notes = []
+    for package, found in result.get("peers", {}).items():
+        if not isinstance(found, dict):
+            notes.append(f"{package}: {found}.")
+            continue
+        words = f"{package} {found[package]}, in its own process, in the same run."
+        if package == "heavyball" and result["environment"].get("device") == "cpu":
+            words += " Its torch.compile is off: it would need a C++ compiler."
+        notes.append(words)
+    if any(row.title == "Muon" for row in rows(result)):
+        notes.append("Muon: hidden matrices; all other parameters have AdamW.")
+    if any(row.peak is not None for row in rows(result)):
+        notes.append(
+            "More in a step: how far memory rises above that between two steps."
+        )
+    return notes
+
+
+def work(result: dict[str, Any]) -> Grid:
+    """Tell how near each configuration comes to what the machine can do."""
+    header = (
+        "configuration",
+        "Gflop per step",
+        "Gflop/s",
+        "of the product rate",
+        "MB per step",
+        "GB/s",
+        "of the copy rate",
+    )
+    lines: list[tuple[str, ...]] = []
+    for row in rows(result):
+        if row.flops is None or row.error or not row.ms:
+            continue
+        name = configuration(row)
+        if row.package == "official":
+            name = f"official: {name}"
+        product = product_rate(result, row.dtype or "")
+        seconds = row.time().median / 1e3
+        if row.moved is not None:
+            copy = copy_rate(result)
+            cells = ("–", "–", "–", *_rate(row.moved, seconds, copy, 1e6))
+        else:
+            cells = (*_rate(row.flops, seconds, product, 1e9), "–", "–", "–")
+        lines.append((name, *cells))
+    notes = [
+        "Operations are counted from shapes, as `summary` does, and are a mean over T "
+        "steps; the official package is held to the same count. Product rate: the best "
+        f"of the workload's own largest, between the rounds ({_best(result)}). "
+        "Diagonal factors multiply nothing: of theirs, the bytes that a step has to "
+        "move stand beside the rate of a copy."
+    ]
+    return Grid(header, lines, notes if lines else [])
+
+
+def _rate(
+    amount: float, seconds: float, limit: float | None, unit: float
+) -> tuple[str, str, str]:
+    """Format an amount, its rate in 10⁹ a second and the share of a limit."""
+    rate = amount / seconds / 1e9
+    share = f"{rate / limit:.0%}" if limit else "–"
+    return f"{amount / unit:.3g}", f"{rate:.3g}", share
+
+
+def _product_rates(result: dict[str, Any], dtype: str) -> dict[str, float]:
+    """Return the median rates of the workload's products in one type."""
+    return {
+        name: Spread.of(rates).median
+        for name, rates in result.get("products", {}).items()
+        if name.startswith(f"{dtype} ")
+    }
+
+
+def product_rate(result: dict[str, Any], dtype: str) -> float | None:
+    """Return the Gflop/s that the machine reaches on the workload's own products."""
+    return max(_product_rates(result, dtype).values(), default=None)
+
+
+def copy_rate(result: dict[str, Any]) -> float | None:
+    """Return the GB/s of a copy, read and written."""
+    for name, rates in result["machine"].items():
+        if name.startswith("copy "):
+            return Spread.of(rates).median
+    return None
+
+
+def _best(result: dict[str, Any]) -> str:
+    """Name the fastest product of each type, with its rate."""
+    types = dict.fromkeys(name.split()[0] for name in result.get("products", {}))
+    best = []
+    for dtype in types:
+        rates = _product_rates(result, dtype)
+        name = max(rates, key=lambda key: rates[key])
+        best.append(f"{name}: {rates[name]:.3g} Gflop/s")
+    return "; ".join(best)
+
+
+def scaling(result: dict[str, Any]) -> Grid:
+    """Tell how the time of a step grows with the number of layers and their width."""
+    grown: dict[str, list[int]] = {}
+    for name, cases in result["scaling"][0]["growth"].items():
+        grown[name] = [case["size"] for case in cases]
+    header: tuple[str, ...] = ("configuration",)
+    for name, sizes in grown.items():
+        header += (f"ms, {name} {sizes[0]} → {sizes[-1]}", f"exponent of {name}")
+    lines: list[tuple[str, ...]] = []
+    for record in result["scaling"]:
+        name = record["title"]
+        if record["dtype"]:
+            period = f", T = {record['T']}" if record["T"] != 1 else ""
+            name += f", {record['dtype']}{period}"
+        cells: tuple[str, ...] = (name,)
+        for kind in grown:
+            if record["error"]:
+                cells += (f"failed: {record['error']}", "")
+                continue
+            _, ms = growth(record, kind)
+            cells += (
+                f"{ms[0]:.2f} → {ms[-1]:.2f}",
+                f"{record['exponents'][kind]:.2f}",
+            )
+        lines.append(cells)
+    notes = [
+        f"{_where(result['environment'])} Square linear layers with biases: their "
+        "number grows at width 64, the width of four of them. Exponent: slope of log "
+        f"time over log size, by least squares; medians over {result['rounds']} rounds."
+    ]
+    return Grid(header, lines, notes)
 
 
 def official(result: dict[str, Any]) -> Grid:
@@ -132,9 +271,12 @@ def environment_line(result: dict[str, Any]) -> str:
 def _where(env: dict[str, Any]) -> str:
     """Say when, on what and with what a measurement was taken."""
     commit = f" at commit {env['commit']}" if env["commit"] else ""
+    machine = env["cpu"]
+    if env.get("device", "cpu") != "cpu":  # older files were all measured on a CPU
+        machine = f"{env['device']} beside {machine}"
     threads = f"{env['threads']} thread" + ("s" if env["threads"] != 1 else "")
     return (
-        f"Measured {env['date']}{commit} on {env['cpu']}, {threads}, "
+        f"Measured {env['date']}{commit} on {machine}, {threads}, "
         f"torch {env['torch']}, Python {env['python']}."
     )
 
@@ -202,7 +344,7 @@ def _conformance_note(result: dict[str, Any], names: tuple[str, ...]) -> str:
 
 def machine(result: dict[str, Any]) -> Grid:
     """Tell the machine's own rates, measured between the rounds."""
-    rates = result["machine"].items()
+    rates = {**result["machine"], **result.get("products", {})}.items()
     lines: list[tuple[str, ...]] = [(name, _spread(Spread.of(v))) for name, v in rates]
     return Grid(("the machine itself", "rate"), lines, [])
 
@@ -216,6 +358,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         lines = [(*x, y) for x, y in zip(grid.lines, verdicts, strict=True)]
         grid = Grid((*grid.header, "wanted"), lines, grid.notes)
     console.print(grid.rich("Beside the official package"))
+    grid = work(result)
+    if grid.lines:
+        console.print(grid.rich("Beside what the machine can do"))
     console.print(machine(result).rich("Rates"))
     for row in rows(result):
         if row.error:

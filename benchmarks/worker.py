@@ -1,15 +1,16 @@
 """A process that holds optimizers of one package; times their steps on request.
 
 It runs as a script, reads one JSON request a line from standard input and answers
-with one JSON line. It imports nothing but torch and whichever `sirfshampoo` its
-`PYTHONPATH` leads to: two packages of the same name cannot share a process.
+with one JSON line. It imports whichever `sirfshampoo` comes first on its `PYTHONPATH`:
+two packages of the same name cannot share a process.
 """
 
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from statistics import median
@@ -18,11 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-BATCH_SIZE = 8
+from benchmarks.memory import Peak, held_bytes
+from benchmarks.optimizers import BATCH_SIZE, build, sirfshampoo_options
+
 GRADIENT_SETS = 4
-PACKAGES = ("sirfshampoo", "singd")
+COPY = "copy of 64 MiB, read + written, GB/s"
+MOST_SECONDS = 0.5  # for one rate
+PACKAGES = ("sirfshampoo", "singd", "pytorch-optimizer", "heavyball")
 
 
 class Model(nn.Module):
@@ -46,68 +50,9 @@ def gradients(model: nn.Module, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scale = BATCH_SIZE**-0.5
     return [
-        torch.randn(p.shape, generator=generator).mul_(scale)
+        torch.randn(p.shape, generator=generator).mul_(scale).to(p.device)
         for p in model.parameters()
     ]
-
-
-def build(
-    spec: Mapping[str, Any], model: nn.Module, settings: Mapping[str, Any]
-) -> Optimizer:
-    """Construct the optimizer that `spec` describes."""
-    structures = spec["structures"]
-    if structures is None:
-        return torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
-    from sirfshampoo import SIRFShampoo
-
-    if isinstance(structures, dict):  # JSON has no integer keys
-        structures = {int(ndim): name for ndim, name in structures.items()}
-    optimizer: Optimizer = SIRFShampoo(
-        model,
-        T=spec["T"],
-        batch_size=BATCH_SIZE,
-        structures=structures,
-        preconditioner_dtypes=getattr(torch, spec["dtype"]),
-        **settings,
-    )
-    return optimizer
-
-
-def held_tensors(obj: object, seen: set[int]) -> Iterator[Tensor]:
-    """Yield all tensors reachable from an optimizer's attributes, caches included."""
-    if id(obj) in seen:
-        return
-    seen.add(id(obj))
-    children: Iterable[object] = ()
-    if isinstance(obj, Tensor):
-        yield obj
-    elif isinstance(obj, Mapping):
-        children = [*obj.keys(), *obj.values()]
-    elif isinstance(obj, list | tuple | set | frozenset):
-        children = obj
-    elif isinstance(obj, Optimizer) or type(obj).__module__.split(".")[0] in PACKAGES:
-        slots = getattr(type(obj), "__slots__", ())
-        names = [slots] if isinstance(slots, str) else list(slots)
-        children = [getattr(obj, name, None) for name in names]
-        children += list(getattr(obj, "__dict__", {}).values())
-    for child in children:
-        yield from held_tensors(child, seen)
-
-
-def held_bytes(optimizer: Optimizer, model: nn.Module) -> int:
-    """Count the bytes an optimizer keeps between steps, each storage once.
-
-    Parameters and their gradients do not count; cached products do.
-    """
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in held_tensors(optimizer, set())
-    }
-    for p in model.parameters():
-        for tensor in (p.detach(), p.grad):
-            if tensor is not None:
-                storages.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(storages.values())
 
 
 class Entry:
@@ -119,23 +64,18 @@ class Entry:
         shapes: Mapping[str, Iterable[int]],
         pool: list[list[Tensor]] | None = None,
         settings: Mapping[str, Any] | None = None,
+        device: str = "cpu",
     ) -> None:
         """Build the contestant; draw a gradient for every step if there is no pool."""
-        self.model = Model(shapes)
+        self.model = Model(shapes).to(device)
         self.params = list(self.model.parameters())
         self.optimizer = build(spec, self.model, settings or {})
         self.pool = pool
+        self.device = device
         self.steps = count()
 
-    def step(self) -> float:
-        """Take a step on a fresh gradient.
-
-        Returns:
-            Its time in milliseconds.
-
-        Raises:
-            RuntimeError: If a parameter did not move, or is no longer finite.
-        """
+    def feed(self) -> None:
+        """Give every parameter a fresh gradient, whatever became of the last one."""
         step = next(self.steps)
         if self.pool is None:
             fresh = gradients(self.model, seed=1 + step)
@@ -143,20 +83,55 @@ class Entry:
             fresh = self.pool[step % len(self.pool)]
         for p, g in zip(self.params, fresh, strict=True):
             p.grad = g.clone()
+
+    def step(self, check: bool = True) -> float:
+        """Take a step on a fresh gradient.
+
+        Args:
+            check: Whether to look at the parameters before and after. Some optimizers
+                wait for their first factors, and move nothing until then.
+
+        Returns:
+            Its time in milliseconds.
+
+        Raises:
+            RuntimeError: If a parameter did not move, or is no longer finite.
+        """
+        self.feed()
         before = self._probe()
 
-        start = perf_counter()
+        start = self._now()
         self.optimizer.step()
-        elapsed = 1e3 * (perf_counter() - start)
+        elapsed = 1e3 * (self._now() - start)
 
-        moved = (self._probe() - before).abs()
-        if not bool((moved > 0).all() and moved.isfinite().all()):
+        moved = (self._probe() - before).abs().amax(1)
+        if check and not bool((moved > 0).all() and moved.isfinite().all()):
             raise RuntimeError("A parameter did not move, or is not finite.")
         return elapsed
 
+    def peak(self, steps: int) -> int | None:
+        """Return how many bytes a step takes for itself at most; `None` if unknown."""
+        found = []
+        for _ in range(steps):
+            self.feed()
+            with Peak(self.device) as peak:
+                self.optimizer.step()
+                self._now()
+            found.append(peak.bytes)
+        known = [bytes for bytes in found if bytes is not None]
+        return max(known, default=None)
+
+    def _now(self) -> float:
+        """Return the time at which all work that was asked for is done."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return perf_counter()
+
     def _probe(self) -> Tensor:
-        """Copy one number out of every parameter."""
-        return torch.stack([p.detach().view(-1)[-1] for p in self.params])
+        """Copy three numbers out of every parameter: one may rest by chance."""
+        flat = [p.detach().view(-1) for p in self.params]
+        looked_at = [p[i] for p in flat for i in (0, len(p) // 2, -1)]
+        return torch.stack(looked_at).view(-1, 3)
 
 
 class Worker:
@@ -166,10 +141,12 @@ class Worker:
         """Start without contestants."""
         self.entries: dict[str, Entry] = {}
         self.pools: dict[str, list[list[Tensor]]] = {}
+        self.device = "cpu"
 
-    def hello(self, threads: int) -> dict[str, Any]:
-        """Set the number of threads; say which packages are in use."""
+    def hello(self, threads: int, device: str) -> dict[str, Any]:
+        """Set the number of threads and the device; say which packages are in use."""
         torch.set_num_threads(threads)
+        self.device = device
         versions = {}
         for name in PACKAGES:
             try:
@@ -178,24 +155,32 @@ class Worker:
                 continue
         return {"threads": torch.get_num_threads(), "versions": versions}
 
-    def origin(self) -> str:
-        """Say where `sirfshampoo` was imported from."""
-        import sirfshampoo
-
-        return str(sirfshampoo.__file__)
+    def origin(self, package: str) -> str:
+        """Say where a package was imported from."""
+        return str(import_module(package).__file__)
 
     def add(
-        self, key: str, spec: dict[str, Any], shapes: dict[str, list[int]], warmup: int
+        self,
+        key: str,
+        spec: dict[str, Any],
+        shapes: dict[str, list[int]],
+        warmup: int,
+        peak: int = 0,
     ) -> dict[str, Any]:
-        """Build a contestant; take its first steps, untimed."""
+        """Build a contestant; take its first steps, and `peak` that measure memory."""
         if json.dumps(shapes) not in self.pools:
-            model = Model(shapes)
+            model = Model(shapes).to(self.device)
             pool = [gradients(model, seed) for seed in range(GRADIENT_SETS)]
             self.pools[json.dumps(shapes)] = pool
-        entry = Entry(spec, shapes, self.pools[json.dumps(shapes)])
-        ms = [entry.step() for _ in range(warmup)]
+        pool = self.pools[json.dumps(shapes)]
+        entry = Entry(spec, shapes, pool, device=self.device)
+        ms = [entry.step(check=i == warmup - 1) for i in range(warmup)]
         self.entries[key] = entry
-        return {"ms": ms, "bytes": held_bytes(entry.optimizer, entry.model)}
+        return {
+            "ms": ms,
+            "bytes": held_bytes(entry.optimizer, entry.model),
+            "peak": entry.peak(peak),
+        }
 
     def turn(self, key: str, steps: int) -> list[float]:
         """Time `steps` steps of a contestant, after one that refills the caches."""
@@ -205,7 +190,7 @@ class Worker:
 
     def construct(self, spec: dict[str, Any], shapes: dict[str, list[int]]) -> float:
         """Time the constructor, in seconds."""
-        model = Model(shapes)
+        model = Model(shapes).to(self.device)
         start = perf_counter()
         build(spec, model, {})
         return perf_counter() - start
@@ -219,41 +204,103 @@ class Worker:
         path: str,
     ) -> None:
         """Take steps; save how far each parameter moved and what the factors are."""
-        entry = Entry(spec, shapes, settings=settings)
+        entry = Entry(spec, shapes, settings=settings, device=self.device)
         start = [p.detach().clone() for p in entry.params]
         for _ in range(steps):
             entry.step()
         moves = [p.detach() - s for p, s in zip(entry.params, start, strict=True)]
-        units: Any = entry.optimizer.preconditioner  # type: ignore[attr-defined]
-        factors = [K.to_dense().clone() for unit in units for K in unit]
+        optimizer: Any = entry.optimizer
+        factors = [
+            K.to_dense().clone() for unit in optimizer.preconditioner for K in unit
+        ]
+        moves, factors = ([t.cpu() for t in x] for x in (moves, factors))
         torch.save({"moves": moves, "factors": factors}, path)
 
-    def roof(self) -> dict[str, float]:
-        """Measure the rates of matrix products (Gflop/s) and of copying (GB/s)."""
-        rates: dict[str, float] = {}
-        for dtype in (torch.float32, torch.bfloat16):
+    def work(self, spec: dict[str, Any], shapes: dict[str, list[int]]) -> Any:
+        """Count what a step of `SIRFShampoo` has to do, from shapes alone.
+
+        Returns:
+            `"flops"`, the mean over the steps from one update of the factors to the
+            next; `"bytes"`, likewise, if all factors are diagonal, else `None`.
+        """
+        from sirfshampoo import summary
+
+        rows = summary(Model(shapes), **sirfshampoo_options(spec)).rows
+        T = spec["T"]
+        flops = sum(row.update_flops / T + row.step_flops for row in rows)
+        elementwise = {name for row in rows for name in row.structures} <= {"diagonal"}
+        return {
+            "flops": flops,
+            "bytes": sum(_least_bytes(r, T) for r in rows) if elementwise else None,
+        }
+
+    def roof(
+        self, products: list[list[int]], dtypes: list[str]
+    ) -> dict[str, dict[str, float]]:
+        """Measure the machine's own rates.
+
+        Args:
+            products: What the workload mostly multiplies: number, rows and columns as
+                `largest_products` returns them.
+            dtypes: In which types.
+
+        Returns:
+            `"machine"`: rates of ordinary matrix products (Gflop/s) and of copying
+            (GB/s). `"products"`: rates of the workload's own, batched.
+        """
+        machine: dict[str, float] = {}
+        for dtype in ("float32", "bfloat16"):
             for m, n, k in ((1024, 1024, 1024), (1024, 256, 256), (256, 256, 256)):
-                a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-                out = torch.empty(m, n, dtype=dtype)
-                seconds = _seconds(torch.mm, a, b, out=out)
-                name = f"{dtype} {m}x{k} @ {k}x{n} Gflop/s".removeprefix("torch.")
-                rates[name] = 2 * m * n * k / seconds / 1e9
-        source = torch.randn(2**24)
-        seconds = _seconds(torch.empty_like(source).copy_, source)
-        rates["copy of 64 MiB, read + written, GB/s"] = (
-            2 * source.nbytes / seconds / 1e9
-        )
-        return rates
+                name = f"{dtype} {m}x{k} @ {k}x{n} Gflop/s"
+                machine[name] = self._product_rate(1, m, k, n, dtype)
+        source = torch.randn(2**24, device=self.device)
+        seconds = self._seconds(torch.empty_like(source).copy_, source)
+        machine[COPY] = 2 * source.nbytes / seconds / 1e9
+        own = {
+            f"{dtype} {number} of {d}x{d} @ {d}x{columns}": self._product_rate(
+                number, d, d, columns, dtype
+            )
+            for dtype in dtypes
+            for number, d, columns in products
+        }
+        return {"machine": machine, "products": own}
+
+    def _product_rate(self, number: int, m: int, k: int, n: int, dtype: str) -> float:
+        """Return the Gflop/s of `number` products at once."""
+        kind: Any = {"dtype": getattr(torch, dtype), "device": self.device}
+        a = torch.randn(number, m, k, device=self.device).to(**kind)
+        b = torch.randn(number, k, n, device=self.device).to(**kind)
+        out = torch.empty(number, m, n, **kind)
+        if number == 1:  # not every backend passes a single one on to its best kernel
+            a, b, out = a[0], b[0], out[0]
+        seconds = self._seconds(torch.matmul, a, b, out=out)
+        return 2 * number * m * n * k / seconds / 1e9
+
+    def _seconds(self, function: Any, *args: Any, **kwargs: Any) -> float:
+        """Return the median time of some calls, after one that is not timed."""
+        times: list[float] = []
+        while len(times) < 3 or (len(times) < 8 and sum(times) < MOST_SECONDS):
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            start = perf_counter()
+            function(*args, **kwargs)
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            times.append(perf_counter() - start)
+        return median(times[1:])
 
 
-def _seconds(function: Any, *args: Any, **kwargs: Any) -> float:
-    """Return the median time of a few calls, after one that is not timed."""
-    times = []
-    for _ in range(8):
-        start = perf_counter()
-        function(*args, **kwargs)
-        times.append(perf_counter() - start)
-    return median(times[1:])
+def _least_bytes(row: Any, T: int) -> float:
+    """Return the least bytes that a step with diagonal factors moves.
+
+    An update reads the gradient and each factor with its momentum, and writes these. A
+    step reads the gradient, the factors and the parameter, and writes this; it reads
+    and writes the momentum.
+    """
+    gradient = 4 * row.parameters
+    update = gradient + 2 * row.factor_bytes
+    always = 3 * gradient + row.factor_bytes + 2 * row.momentum_bytes
+    return float(update / T + always)
 
 
 def main() -> None:

@@ -2,18 +2,29 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import environment, report, results, step
+from benchmarks import environment, report, results, step, tables, worker
 from benchmarks.agreement import difference
-from benchmarks.contestants import CONTESTANTS, LIMITS, UNIT
+from benchmarks.contestants import CONTESTANTS, LIMITS, MIXED, UNIT, Contestant, choose
+from benchmarks.memory import Peak, held_bytes
+from benchmarks.optimizers import BATCH_SIZE, BUILDERS, Together, build
 from benchmarks.process import Worker, WorkerError
-from benchmarks.worker import BATCH_SIZE, Entry, Model, gradients, held_bytes
-from benchmarks.workloads import CONSTRUCTION, WORKLOADS, numbers
+from benchmarks.worker import Entry, Model, gradients
+from benchmarks.workloads import (
+    CONSTRUCTION,
+    MOST_NUMBERS,
+    WORKLOADS,
+    largest_products,
+    mlp,
+    numbers,
+    vectors,
+)
 
 TINY = WORKLOADS["tiny"]()
 
@@ -26,6 +37,32 @@ class SIRFShampoo(SGD):
 
     def step(self):
         print("this must not disturb the answers")
+"""
+
+LATE = """
+from torch.optim import SGD
+
+class SIRFShampoo(SGD):
+    def __init__(self, model, **settings):
+        super().__init__(model.parameters(), lr=0.1)
+        self.waited = 0
+
+    def step(self):
+        self.waited += 1
+        if self.waited > 2:
+            super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+"""
+
+PEER = """
+from torch.optim import SGD
+
+class SOAP(SGD):
+    def __init__(self, params, lr, precondition_frequency):
+        super().__init__(params, lr)
+        self.param_groups[0]["asked"] = precondition_frequency
 """
 
 
@@ -46,6 +83,30 @@ def test_mlp_workloads() -> None:
     assert len(CONSTRUCTION) == 2400
 
 
+def test_other_workloads() -> None:
+    shapes = WORKLOADS["resnet18"]()
+    assert numbers(shapes) == 11_173_962  # as torchvision's, with a small stem
+    assert shapes["stage3_block1_conv2_weight"] == (512, 512, 3, 3)
+    assert sum("shortcut_weight" in name for name in shapes) == 3
+    assert WORKLOADS["matrix2048"]() == {"weight": (2048, 2048)}
+    assert WORKLOADS["matrix4096"]() == {"weight": (4096, 1024)}
+    assert set(WORKLOADS["vectors"]().values()) == {(256,)}
+    for width in (64, 768):
+        assert WORKLOADS[f"gpt{width}"]()["block3_fc_weight"] == (4 * width, width)
+
+
+def test_the_roof_is_made_of_the_largest_products() -> None:
+    # Both sides of 8 large matrices in 4 layers: (1024, 256) and (256, 1024).
+    assert largest_products(WORKLOADS["gpt256"]())[0] == (8, 1024, 256)
+    assert largest_products(WORKLOADS["mlp100"]()) == [(200, 64, 64)]
+    assert largest_products(vectors(number=3, width=5)) == [(6, 5, 5)]
+    conv = {"weight": (4, 3, 2, 2), "bias": (99,)}
+    assert largest_products(conv, most=2) == [(1, 4, 12), (2, 2, 24)]
+    for make in WORKLOADS.values():
+        for number, d, columns in largest_products(make()):
+            assert number == 1 or number * d * max(d, columns) <= MOST_NUMBERS
+
+
 def test_contestants_cover_structures_dtypes_and_periods() -> None:
     labels = [c.label for c in (UNIT, *CONTESTANTS)]
     assert len(set(labels)) == len(labels)
@@ -60,6 +121,51 @@ def test_contestants_cover_structures_dtypes_and_periods() -> None:
     official = [c.spec() for c in CONTESTANTS if c.package == "official"]
     assert len(official) == 4
     assert all(spec in ours for spec in official)
+
+
+def test_every_contestant_can_be_built_and_pinned() -> None:
+    packages = {c.package for c in CONTESTANTS}
+    assert packages == {"torch", "ours", *environment.PACKAGES}
+    assert {c.spec()["optimizer"] for c in (UNIT, *CONTESTANTS)} == set(BUILDERS)
+    periods = {(c.package, c.title, c.T) for c in CONTESTANTS if c.structures is None}
+    for package in ("pytorch-optimizer", "heavyball"):
+        assert {(package, "SOAP", 1), (package, "SOAP", 10)} <= periods
+    assert ("pytorch-optimizer", "Shampoo", 10) in periods
+    pins = [pin for pins in environment.PACKAGES.values() for pin in pins]
+    assert all("==" in pin and not pin.startswith("torch=") for pin in pins)
+
+
+def test_the_command_line_chooses() -> None:
+    assert choose() == list(CONTESTANTS)
+    assert {c.T for c in choose(periods=[10])} == {1, 10}  # torch's have no period
+    assert {c.T for c in choose("ours|SOAP", periods=[10])} == {10}
+    half = choose("ours", dtypes=["bfloat16"])
+    assert {c.dtype for c in half} == {"bfloat16"}
+    assert len(half) == len(choose("ours")) / 2
+    assert choose(structures=["block7diagonal", "mixed"], periods=[3]) == [
+        Contestant("ours", "block7diagonal", "block7diagonal", "float32", 3),
+        Contestant("ours", "dense matrices, diagonal vectors", MIXED, "float32", 3),
+    ]
+
+
+def test_muon_gets_hidden_matrices_alone() -> None:
+    model = Model(TINY)
+    together = build({"optimizer": "Muon"}, model, {})
+    assert isinstance(together, Together)
+    muon, adamw = together.optimizers
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert found == {f"block0_{part}_weight" for part in ("qkv", "proj", "fc", "fc2")}
+    assert len(adamw.param_groups[0]["params"]) == len(TINY) - len(found)
+    spec = {"optimizer": "Muon", "structures": None, "dtype": "float32", "T": 1}
+    entry = Entry(spec, TINY)
+    assert entry.step() > 0
+    rest = [shape for name, shape in TINY.items() if name not in found]
+    adam_bytes = 2 * 4 * numbers(dict(enumerate(rest))) + 4 * len(rest)  # type: ignore[arg-type]
+    muon_bytes = 4 * numbers({name: TINY[name] for name in found})
+    assert held_bytes(entry.optimizer, entry.model) == adam_bytes + muon_bytes
 
 
 def test_gradients_are_fresh_and_repeatable() -> None:
@@ -82,6 +188,56 @@ def test_state_counts_each_storage_once() -> None:
     cache = torch.zeros(10)
     entry.optimizer.cache = {"rows": [cache[:5], cache[5:]]}  # type: ignore[attr-defined]
     assert held_bytes(entry.optimizer, entry.model) == state + 40
+
+
+def test_peak_is_what_a_step_takes_beside_what_it_keeps() -> None:
+    size = 2**25
+    with Peak("cpu") as peak:
+        torch.ones(size // 4).sum()
+    if Path("/proc/self/clear_refs").exists():
+        assert peak.bytes is not None
+        # Linux counts pages in batches, and the first call takes some of its own.
+        assert peak.bytes == pytest.approx(size, rel=0.25)
+    else:
+        assert peak.bytes is None
+
+
+def test_operations_are_a_mean_over_a_period() -> None:
+    def flops(T: int) -> float:
+        spec = {"structures": "triltoeplitz", "dtype": "float32", "T": T}
+        return float(worker.Worker().work(spec, {"w": [6, 4]})["flops"])
+
+    # Two updates weigh in at T = 1, one at T = 2: the rest is the step's.
+    update = 2 * (flops(1) - flops(2))
+    assert update > 0
+    assert flops(4) == pytest.approx(flops(1) - 0.75 * update)
+
+
+def test_products_of_a_dense_step_are_counted() -> None:
+    spec = {"structures": "dense", "dtype": "float32", "T": 1}
+    found = worker.Worker().work(spec, {"w": [2048, 2048]})
+    assert found["bytes"] is None
+    products = found["flops"] / (2 * 2048**3)
+    assert 6 <= products <= 12
+
+
+def test_bytes_of_a_diagonal_step_are_counted() -> None:
+    moved = {}
+    for T in (1, 10):
+        spec = {"structures": "diagonal", "dtype": "float32", "T": T}
+        moved[T] = worker.Worker().work(spec, {"w": [6, 4]})["bytes"]
+    gradient, factors = 4 * 24, 2 * 4 * (6 + 4)
+    update = gradient + 2 * factors
+    always = gradient + factors + 2 * gradient + 2 * gradient  # parameter, momentum
+    assert moved == {1: update + always, 10: update / 10 + always}
+
+
+def test_exponents_are_slopes_of_logarithms() -> None:
+    sizes = [1, 2, 4, 8]
+    assert results.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    rounds = [{"ms": [4.0, 2.0], "unit_ms": [1.0]}, {"ms": [9.0, 7.0], "unit_ms": [1]}]
+    record = {"T": 2, "growth": {"width": [{"size": 5, "rounds": rounds}]}}
+    assert results.growth(record, "width") == ([5], [5.5])
 
 
 def test_times_are_means_of_whole_periods() -> None:
@@ -127,6 +283,128 @@ def test_a_package_that_moves_nothing_is_found_out(tmp_path: Path) -> None:
         worker.close()
 
 
+def test_an_optimizer_may_start_late_and_drop_gradients(tmp_path: Path) -> None:
+    (tmp_path / "sirfshampoo.py").write_text(LATE)
+    process = Worker(tmp_path, threads=1)
+    try:
+        spec = {"structures": "dense", "dtype": "float32", "T": 1}
+        request = {"key": "late", "spec": spec, "shapes": TINY}
+        with pytest.raises(WorkerError, match="did not move"):
+            process.ask("add", **request, warmup=2)
+        assert len(process.ask("add", **request, warmup=3, peak=1)["ms"]) == 3
+        assert len(process.ask("turn", key="late", steps=2)) == 2
+    finally:
+        process.close()
+
+
+def test_one_number_that_rests_by_chance_is_no_failure() -> None:
+    entry = Entry(UNIT.spec(), {"w": [8]})
+    entry.optimizer.step = lambda: entry.params[0].data[-1].add_(1.0)  # type: ignore
+    assert entry.step() > 0
+    entry.optimizer.step = lambda: None  # type: ignore
+    with pytest.raises(RuntimeError, match="did not move"):
+        entry.step()
+
+
+def test_packages_are_installed_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        Path(command[command.index("--target") + 1]).mkdir(parents=True)
+        code = int(len(commands) == 1)
+        return subprocess.CompletedProcess(command, code, "", "no network")
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(RuntimeError, match="pip: no network"):
+        environment.folder_of("heavyball")
+    assert list((tmp_path / "build").iterdir()) == []
+    folder = environment.folder_of("heavyball")
+    assert folder.parent == tmp_path / "build"
+    assert folder.is_dir()
+    assert environment.folder_of("heavyball") == folder
+    assert len(commands) == 2
+    assert "--no-deps" in commands[1]
+    assert set(environment.PACKAGES["heavyball"]) <= set(commands[1])
+
+
+def test_peers_have_their_own_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = tmp_path / "peer"
+    about = peer / "pytorch_optimizer-9.8.dist-info"
+    about.mkdir(parents=True)
+    text = "Metadata-Version: 2.1\nName: pytorch-optimizer\nVersion: 9.8\n"
+    (about / "METADATA").write_text(text)
+    (peer / "pytorch_optimizer.py").write_text(PEER)
+
+    def folder_of(package: str) -> Path:
+        if package == "pytorch-optimizer":
+            return peer
+        raise RuntimeError("pip: no network")
+
+    monkeypatch.setattr(environment, "folder_of", folder_of)
+    arguments = ["--workload", "tiny", "--only", "SOAP", "--T", "10", "--rounds", "1"]
+    arguments += ["--threads", "1", "--turn-seconds", "0", "--results", str(tmp_path)]
+    assert step.main(arguments) == 0
+    result = results.load(tmp_path / "tiny.json")
+    assert result["official"] is None
+    assert result["peers"] == {
+        "pytorch-optimizer": {"pytorch-optimizer": "9.8"},
+        "heavyball": "not measured: pip: no network",
+    }
+    _, soap = results.rows(result)
+    assert (soap.package, soap.title, soap.dtype, soap.T) == (
+        "pytorch-optimizer",
+        "SOAP",
+        None,
+        10,
+    )
+    assert len(result["contestants"][1]["rounds"][0]["ms"]) == 10
+    grid = tables.step(result)
+    assert grid.lines[1][0] == "SOAP of pytorch-optimizer, T = 10"
+    assert any("pytorch-optimizer 9.8" in note for note in grid.notes)
+    assert "heavyball package not measured" in capsys.readouterr().out
+
+
+def test_growth_is_measured_and_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = {"layers": {n: mlp(layers=n, width=4) for n in (1, 2)}}
+    monkeypatch.setattr(step, "GROWTH", growing)
+    arguments = ["--scaling", "--structure", "diagonal", "--T", "1", "3"]
+    arguments += ["--rounds", "2", "--threads", "1", "--turn-seconds", "0"]
+    assert step.main([*arguments, "--results", str(tmp_path)]) == 0
+    result = results.load(tmp_path / "scaling.json")
+    assert [(r["title"], r["T"]) for r in result["scaling"]] == [
+        ("AdamW(foreach=True)", None),
+        ("diagonal", 1),
+        ("diagonal", 3),
+    ]
+    for record in result["scaling"]:
+        assert record["error"] is None
+        (one, two) = record["growth"]["layers"]
+        assert (one["size"], two["size"]) == (1, 2)
+        assert len(one["rounds"]) == len(two["rounds"]) == 2
+        _, (first, second) = results.growth(record, "layers")
+        assert 2 ** record["exponents"]["layers"] == pytest.approx(second / first)
+    grid = tables.scaling(result)
+    assert grid.header == ("configuration", "ms, layers 1 → 2", "exponent of layers")
+    assert grid.lines[2][0] == "diagonal, float32, T = 3"
+
+
+def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--T", "0"], ["--name", "x", "--workload", "tiny", "mlp100"]):
+        with pytest.raises(SystemExit):
+            step.main(wrong)
+    assert "--T must be at least 1" in (text := capsys.readouterr().err)
+    assert "--name is for one workload" in text
+    assert "tiny" not in step.parse(["--workload", "all"]).workload
+
+
 def test_a_run_is_measured_saved_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +443,7 @@ def check_result(result: dict[str, Any]) -> None:
         steps = {None: step.UNIT_STEPS, 1: 2, 10: 10}[row.T]
         assert [len(r["ms"]) for r in record["rounds"]] == [steps, steps]
         assert (row.bytes or 0) > 4 * numbers(TINY)
+    check_limits_of_the_machine(result)
     assert rows[0].ratio().median == 1.0
     by_kind = {r.title: r.bytes or 0 for r in rows if r.T == 1}
     assert by_kind["all dense"] > by_kind["diagonal"]
@@ -175,6 +454,39 @@ def check_result(result: dict[str, Any]) -> None:
         assert found["moves"] == found["factors"] == 0.0
         assert found["error"] is None
         assert found["factors_from_identity"] > 1e-3
+
+
+def check_limits_of_the_machine(result: dict[str, Any]) -> None:
+    assert all(len(rates) == 2 for rates in result["products"].values())
+    rows = results.rows(result)
+    diagonal, dense = rows[1], rows[2]
+    assert rows[0].flops is None
+    assert dense.flops == rows[3].flops  # the official package has the same count
+    assert (dense.flops or 0) > (rows[4].flops or 0) > 0
+    assert dense.moved is None
+    grid = tables.work(result)
+    assert len(grid.lines) == len(rows) - 1
+    seconds = diagonal.time().median / 1e3
+    rate = (diagonal.moved or 0) / seconds / 1e9
+    assert grid.lines[0][5] == f"{rate:.3g}"
+    rate = (dense.flops or 0) / (dense.time().median / 1e3) / 1e9
+    share = rate / (tables.product_rate(result, "float32") or 0)
+    assert grid.lines[1][2:4] == (f"{rate:.3g}", f"{share:.0%}")
+    has_peak = any(row.peak is not None for row in rows)
+    assert ("more in a step" in tables.step(result).header) == has_peak
+
+
+def test_older_results_have_no_peaks_and_no_work() -> None:
+    record: dict[str, Any] = {"package": "torch", "title": "x", "dtype": None}
+    record |= {"T": None, "bytes": 1, "error": None}
+    record["rounds"] = [{"ms": [1.0], "unit_ms": [1.0]}]
+    path = results.RESULTS / "gpt256.json"
+    result = {"workload": "tiny", "parameters": 1, "numbers": 1, "machine": {}}
+    result |= {"environment": results.load(path)["environment"], "official": None}
+    result["contestants"] = [record]
+    assert tables.step(result).header[-1] == "state"
+    assert len(tables.step(result).notes) == 1
+    assert tables.work(result).lines == []
 
 
 def check_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
