@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sirfshampoo import _elementwise
-from sirfshampoo._costs import interval_of, squaring_pays
+from sirfshampoo._costs import interval_of
+from sirfshampoo._kept import KeptProducts
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
-    Preconditioner,
     Workspace,
     descend,
     precondition,
@@ -111,11 +111,7 @@ class Stack:
         self._kinds = [(p.device, p.dtype) for p in first.params]
         self._elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
-        # K Kᵀ of rows whose factors stay for several steps, and the rows where the
-        # factors have changed since
-        self._kept: list[Preconditioner] | None = None
-        self._outdated: set[int] = set()
-        self._version = -1  # of the factors when that was last noted
+        self._products = KeptProducts(self.K, first.dims)
 
     # ------------------------------------------------------------------------ state
 
@@ -189,13 +185,10 @@ class Stack:
         units = self.units[rows]
         G = _stacked([unit.joint_gradient() for unit in units])
         moves = None
-        if self._version != self._factors_version():  # someone wrote into the state
-            self._outdated.update(range(len(self.units)))
-            self._version = self._factors_version()
+        self._products.look_for_writes()
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
-            self._outdated.update(range(rows.start, rows.stop))
-            self._version = self._factors_version()
+            self._products.mark(rows)
         U = self.precondition(rows, G, interval=settings.interval)
         # one entry that is not finite makes the sum so
         finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
@@ -246,11 +239,7 @@ class Stack:
         """
         if self._elementwise:
             return _elementwise.precondition(self._part(self.K, rows), G)  # type: ignore[arg-type]
-        return precondition(self._preconditioners(rows, interval), G)
-
-    def _factors_version(self) -> int:
-        """Return a number that changes with the numbers in the factors."""
-        return sum(t._version for K_n in self.K for t in K_n.tensors())
+        return precondition(self._products.get(rows, interval), G)
 
     def _part(
         self, matrices: list[StructuredMatrix], rows: slice
@@ -258,37 +247,6 @@ class Stack:
         """Return a run of rows of a matrix a axis; of all rows: the matrices."""
         whole = rows.stop - rows.start == len(self.units)
         return matrices if whole else [matrix[rows] for matrix in matrices]
-
-    def _preconditioners(self, rows: slice, interval: int) -> list[Preconditioner]:
-        """Return K Kᵀ of a run of rows; it is kept if the factors stay for a while."""
-        if interval == 1 or self._kept is None:
-            size = self.units[0].dims.numel()
-            squared = [
-                squaring_pays(type(K_n), K_n.dim, size // max(K_n.dim, 1), interval)
-                for K_n in self.K
-            ]
-        else:
-            squared = [kept.squared for kept in self._kept]
-
-        def prepare(rows: slice) -> list[Preconditioner]:
-            return [
-                Preconditioner.prepare(K_n, squared=pays)
-                for K_n, pays in zip(self._part(self.K, rows), squared, strict=True)
-            ]
-
-        if interval == 1:
-            return prepare(rows)
-        covered, everything = set(range(rows.start, rows.stop)), len(self.units)
-        if self._kept is None or self._outdated & covered:
-            if self._kept is None or len(covered) == everything:
-                self._kept = None  # its memory is free before the next is made
-                self._kept = prepare(slice(0, everything))
-                self._outdated.clear()
-            else:
-                for kept, fresh in zip(self._kept, prepare(rows), strict=True):
-                    kept[rows].copy_(fresh)
-                self._outdated -= covered
-        return [kept[rows] for kept in self._kept]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
