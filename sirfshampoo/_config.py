@@ -202,6 +202,12 @@ def check_batch_size(batch_size: Any, model: Any) -> None:
         )
 
 
+def check_flag(argument: str, value: Any) -> None:
+    """Check an option that is on or off."""
+    if not isinstance(value, bool):
+        raise ValueError(f"Argument '{argument}' must be True or False, got {value!r}.")
+
+
 def check_rule(rule: PreconditionerGroup) -> None:
     """Check that a rule can do without a model."""
     if rule.NEEDS_MODEL:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Size
 
@@ -15,7 +15,8 @@ class KeptProducts:
     """Brings the factors of a stack into the form that multiplies gradients.
 
     Where the factors stay for several steps, that form is kept, and made anew for the
-    rows whose factors have changed.
+    rows whose factors have changed. It stays at its place in memory, where a captured
+    CUDA graph looks for it.
     """
 
     def __init__(self, K: Sequence[StructuredMatrix], dims: Size) -> None:
@@ -54,17 +55,21 @@ class KeptProducts:
         """
         if interval == 1:
             return self._prepare(rows, self._squared(1))
-        changed = self._outdated & set(range(rows.start, rows.stop))
-        if self._kept is None or (rows.stop - rows.start == self._rows and changed):
+        form = self._squared(interval)
+        outdated = len(self._outdated) == self._rows
+        if self._kept is None or (
+            # T has changed
+            outdated and form != [kept.squared for kept in self._kept]
+        ):
             self._kept = None  # its memory is free before the next is made
-            everything = slice(0, self._rows)
-            self._kept = self._prepare(everything, self._squared(interval))
+            self._kept = self._prepare(slice(0, self._rows), form)
             self._outdated.clear()
-        elif changed:
-            fresh = self._prepare(rows, [kept.squared for kept in self._kept])
-            for kept, new in zip(self._kept, fresh, strict=True):
-                kept[rows].copy_(new)
-            self._outdated -= changed
+        for run in _runs(self._outdated & set(range(rows.start, rows.stop))):
+            for K_n, kept in zip(self._K, self._kept, strict=True):
+                if kept.is_copy:  # axis by axis: little memory is needed beside it
+                    fresh = Preconditioner.prepare(K_n[run], squared=kept.squared)
+                    kept[run].copy_(fresh)
+            self._outdated.difference_update(range(run.start, run.stop))
         return [kept[rows] for kept in self._kept]
 
     def _squared(self, interval: int) -> list[bool]:
@@ -81,3 +86,12 @@ class KeptProducts:
             Preconditioner.prepare(K_n if whole else K_n[rows], squared=pays)
             for K_n, pays in zip(self._K, squared, strict=True)
         ]
+
+
+def _runs(numbers: set[int]) -> Iterator[slice]:
+    """Yield the runs of neighbouring numbers."""
+    for start in sorted(numbers - {i + 1 for i in numbers}):
+        stop = start
+        while stop in numbers:
+            stop += 1
+        yield slice(start, stop)

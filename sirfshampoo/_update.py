@@ -209,6 +209,11 @@ class Preconditioner:
     squared: bool
     scale: Tensor | None
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether `matrix` has memory of its own, and is not the factor itself."""
+        return self.squared or self.scale is not None
+
     @classmethod
     def prepare(cls, K: StructuredMatrix, *, squared: bool) -> Self:
         """Bring the factor of an axis into the form with or without K Kᵀ."""

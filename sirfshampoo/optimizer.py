@@ -19,19 +19,23 @@ from sirfshampoo._config import (
     CYCLED_MOMENTUM,
     adopt_cycled_momentum,
     check_batch_size,
+    check_flag,
     check_model,
     check_options,
     check_rule,
     with_kappa,
 )
+from sirfshampoo._costs import cost_of, period_of
 from sirfshampoo._diagnostics import (
     diagnostics,
     partly_missing_gradients,
+    warn_of_callable_interval,
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
 from sirfshampoo._memory import check_memory
 from sirfshampoo._precision import full_precision
+from sirfshampoo._spread import spread
 from sirfshampoo._stack import Settings, Stack, stack_units
 from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
@@ -86,6 +90,7 @@ class SIRFShampoo(Optimizer):
         STATE_ATTRIBUTES: Attributes outside ``state`` that a state dict holds and
             brings back.
         global_step: The number of steps taken.
+        spread_updates: Whether updates of pre-conditioners are spread over the steps.
         debug: Whether a step warns of gradients that are not finite, and names their
             parameters. On an accelerator that waits for the device. Default: False.
     """
@@ -111,6 +116,8 @@ class SIRFShampoo(Optimizer):
         | None = None,
         combine_params: tuple[PreconditionerGroup, ...] = DEFAULT_COMBINE_PARAMS,
         verbose_init: bool = False,
+        *,
+        spread_updates: bool = False,
     ) -> None:
         """Set up the optimizer.
 
@@ -156,6 +163,13 @@ class SIRFShampoo(Optimizer):
                 has its own.
             verbose_init: Whether to print how parameters are grouped and which
                 pre-conditioners they get.
+            spread_updates: Whether to spread the updates of the pre-conditioners over
+                the steps, so that no step does much more than another. Without, all
+                groups of equal integer ``T`` are updated when ``step % T == 0``. With
+                it, when ``step % T`` is a number of the group's own, chosen such that
+                counted operations are balanced; it follows from shapes, structures,
+                ``T`` and whether ``lam`` is 0, in the order of the groups, hence a
+                checkpoint holds nothing of it. A callable ``T`` keeps its own mind.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -176,6 +190,7 @@ class SIRFShampoo(Optimizer):
             "combine_params": combine_params,
         }
         check_options(defaults)
+        check_flag("spread_updates", spread_updates)
         self._model = model if isinstance(model, Module) else None
         if self._model is None:
             params = model  # type: ignore[assignment]
@@ -184,6 +199,9 @@ class SIRFShampoo(Optimizer):
 
         self.global_step = 0
         self.debug = False
+        self.spread_updates = spread_updates
+        # the phase of each group, and what it follows from
+        self._phases: tuple[Any, list[int]] = None, []
         self._batch_size = BatchSizeCounter(batch_size)
         self._hook: ForwardHook | None = None
         self._is_set_up = False
@@ -260,6 +278,8 @@ class SIRFShampoo(Optimizer):
             )
         finally:
             self.param_groups = before
+        if self.spread_updates and callable(given["T"]):
+            warn_of_callable_interval(names)
         if self._is_set_up:  # else the constructor does it once for all
             self._identified.clear()
             self._check_memory([*self._units, *units], [*before, *groups])
@@ -370,14 +390,30 @@ class SIRFShampoo(Optimizer):
         """Return, a group, whether its pre-conditioner is to be updated."""
         intervals = [group["T"] for group in self.param_groups]
         return [
-            bool(T(self.global_step)) if callable(T) else self.global_step % T == 0
-            for T in intervals
+            bool(T(self.global_step)) if callable(T) else self.global_step % T == phase
+            for T, phase in zip(intervals, self._present_phases(), strict=True)
         ]
+
+    def _present_phases(self) -> list[int]:
+        """Return, a group, in which step of its period its factors are updated."""
+        groups = self.param_groups
+        reason = self.spread_updates, [(g["T"], bool(g["lam"])) for g in groups]
+        if reason != self._phases[0]:
+            phases = [0] * len(groups)
+            if self.spread_updates:
+                costs = [cost_of(unit, groups[unit.group]) for unit in self._units]
+                updates = [cost.update_flops for cost in costs]
+                phases = spread(updates, [period_of(group) for group in groups])
+            self._phases = reason, phases
+        return self._phases[1]
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
+        phases = self._present_phases()
+        # rows that are updated in the same steps are neighbours
+        units = sorted(self._units, key=lambda unit: phases[unit.group])
         self._stacks = stack_units(
-            self._units, self.param_groups, self.state, step=self.global_step
+            units, self.param_groups, self.state, step=self.global_step
         )
         return self._stacks
 

@@ -41,7 +41,9 @@ def snapshot(optimizer: SIRFShampoo) -> Any:
 
 def test_constructor_has_the_documented_arguments_in_order() -> None:
     parameters = inspect.signature(SIRFShampoo).parameters
-    assert list(parameters) == ["model", *DOCUMENTED]
+    assert list(parameters) == ["model", *DOCUMENTED, "spread_updates"]
+    assert parameters["spread_updates"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters["spread_updates"].default is False
     assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
 
 
