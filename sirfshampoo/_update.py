@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sirfshampoo import _device
 from sirfshampoo.structures import StructuredMatrix
 from sirfshampoo.structures.base import (
     accumulation_dtype,
@@ -46,7 +47,7 @@ def unless_all(mask: Tensor) -> Tensor | None:
     On the CPU that spares the passes that apply it; elsewhere the host would have to
     wait for the device.
     """
-    return None if mask.device.type == "cpu" and bool(mask.all()) else mask
+    return None if _device.is_at_hand(mask) and bool(mask.all()) else mask
 
 
 def _number(values: Tensor) -> float | Tensor:
@@ -54,7 +55,7 @@ def _number(values: Tensor) -> float | Tensor:
 
     With a number, torch fuses products, and does not cast half-precision matrices.
     """
-    single = values.numel() == 1 and values.device.type == "cpu"
+    single = values.numel() == 1 and _device.is_at_hand(values)
     return values.item() if single else values
 
 
@@ -78,7 +79,7 @@ class Workspace:
             K: The matrix.
             slot: What lies in different slots does not overlap.
         """
-        if K.device.type != "cpu" or not isinstance(K, DenseMatrix):
+        if not isinstance(K, DenseMatrix) or not _device.is_at_hand(K.mat):
             return None
         sizes = [t.numel() for t in K.tensors()]
         buffer = self._buffers.get((K.dtype, slot))

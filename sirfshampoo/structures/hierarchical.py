@@ -109,7 +109,7 @@ class HierarchicalMatrix(StructuredMatrix):
         """Return Π(S) from rows of S, which are overwritten, and its diagonal."""
         d = rows.shape[-1]
         a, mid, _ = cls._sizes(d)
-        rows[..., a:, :a] = 0.0
+        rows[..., a:, :a].zero_()
         # B and D count twice: their mirror images in S are not stored
         rows[..., :a, a:].mul_(2)
         rows[..., a:, a : a + mid].mul_(2)
