@@ -13,16 +13,20 @@ from sirfshampoo._config import (
     OPTIONS,
     check_options,
     dtypes_of_axes,
+    plain_numbers,
 )
 
 Group = Mapping[str, Any]
 
 
 def without_code(group: Group) -> dict[str, Any]:
-    """Return a parameter group less the options that are code, not numbers."""
+    """Return a parameter group less the options that are code, not numbers.
+
+    A learning rate that is a tensor becomes a number.
+    """
     return {
         key: value
-        for key, value in group.items()
+        for key, value in {**group, **plain_numbers(group)}.items()
         if key != "combine_params" and not (key == "T" and callable(value))
     }
 
@@ -31,11 +35,14 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     """Return a copy of a saved group with the present one's parameters and code.
 
     What a saved group may lack is taken from the present one: a callable ``T`` and
-    the names of parameters.
+    the names of parameters. A learning rate that is a tensor stays the same tensor.
     """
     code = {key: present[key] for key in ("params", "combine_params")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
-    return {**code, **absent, **deepcopy(dict(saved)), **code}
+    loaded = {**code, **absent, **deepcopy(dict(saved)), **plain_numbers(saved), **code}
+    if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks for it
+        loaded["lr"] = present["lr"].fill_(loaded["lr"])
+    return loaded
 
 
 def check_fit(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sirfshampoo import _elementwise
 from sirfshampoo._costs import interval_of
-from sirfshampoo._kept import KeptProducts
+from sirfshampoo._kept import KeptProducts, Preparation
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
     Workspace,
@@ -38,7 +38,7 @@ _STACK_LIMIT_ELSEWHERE = 1 << 27
 class Settings(NamedTuple):
     """What the rows of one run have in common during a step."""
 
-    lr: float
+    lr: float | None  # None: each row has a tensor
     beta2: float
     alpha1: float
     alpha2: float
@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     def of_group(cls, group: Mapping[str, Any], *, due: bool) -> Settings:
         """Read the settings of a parameter group."""
         return cls(
-            lr=float(group["lr"]),
+            lr=None if isinstance(group["lr"], Tensor) else float(group["lr"]),
             beta2=float(group["beta2"]),
             alpha1=float(group["alpha1"]),
             alpha2=float(group["alpha2"]),
@@ -60,6 +60,17 @@ class Settings(NamedTuple):
             due=due,
             interval=interval_of(group),
         )
+
+
+class Task(NamedTuple):
+    """A run of rows of a stack, and what a step does with it."""
+
+    stack: Stack
+    rows: slice
+    settings: Settings
+    products: Preparation
+    lrs: list[Tensor]  # of the rows, where learning rates are tensors
+    skipped: Tensor  # of the rows; Dynamo passes over calls that get no tensor
 
 
 class Stack:
@@ -178,31 +189,57 @@ class Stack:
                     yield slice(start, stop), current
                 start = stop
 
-    def take_step(
-        self, rows: slice, settings: Settings, batch_size: int, workspace: Workspace
-    ) -> None:
+    def plan(
+        self,
+        settings: Sequence[Settings | None],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> list[Task]:
+        """Return what a step does with the rows; all that is not arithmetic.
+
+        Args:
+            settings: The settings of each parameter group; None: the unit rests.
+            groups: The parameter groups.
+        """
+        self._products.look_for_writes()
+        tasks = []
+        for rows, shared in self.runs(settings):
+            lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
+            interval = 1 if self._elementwise else shared.interval
+            products = self._products.plan(rows, interval, due=shared.due)
+            rates = lrs if shared.lr is None else []
+            counters = self.skipped[rows]
+            tasks.append(Task(self, rows, shared, products, rates, counters))
+        return tasks
+
+    def note_writes(self) -> None:
+        """Take what has been written into the factors as known."""
+        self._products.note_writes()
+
+    def take_step(self, task: Task, batch_size: int, workspace: Workspace) -> None:
         """Update factors (if due), momenta and parameters of a run of rows."""
+        _, rows, settings, products, lrs, skipped = task
         units = self.units[rows]
         G = _stacked([unit.joint_gradient() for unit in units])
         moves = None
-        self._products.look_for_writes()
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
-            self._products.mark(rows)
-        U = self.precondition(rows, G, interval=settings.interval)
+        U = self.precondition(rows, G, products)
         # one entry that is not finite makes the sum so
         finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
         moves = unless_all(finite if moves is None else moves & finite)
         if moves is not None:
-            self.skipped[rows].add_(~moves)
+            skipped.add_(~moves)
 
+        lr: Any = settings.lr
+        if lr is None:
+            lr = _stacked([rate.reshape(()).to(G.device) for rate in lrs])
         for j, U_j in enumerate(_scattered(units, U)):
             descend(
                 [unit.params[j] for unit in units],
                 None if self.V is None else self.V[j][rows],
                 U_j,
                 moves=moves,
-                lr=settings.lr,
+                lr=lr,
                 alpha1=settings.alpha1,
                 kappa=settings.kappa,
             )
@@ -229,17 +266,21 @@ class Stack:
             lam=settings.lam,
         )
 
-    def precondition(self, rows: slice, G: Tensor, *, interval: int = 1) -> Tensor:
+    def precondition(
+        self, rows: slice, G: Tensor, preparation: Preparation | None = None
+    ) -> Tensor:
         """Return the pre-conditioned gradients ``[rows, *dims]`` of a run of rows.
 
         Args:
             rows: The rows.
             G: Their gradients.
-            interval: For how many steps the factors are expected to stay.
+            preparation: How the factors are prepared. Default: for this once.
         """
         if self._elementwise:
             return _elementwise.precondition(self._part(self.K, rows), G)  # type: ignore[arg-type]
-        return precondition(self._products.get(rows, interval), G)
+        if preparation is None:
+            preparation = self._products.for_once()
+        return precondition(self._products.get(rows, preparation), G)
 
     def _part(
         self, matrices: list[StructuredMatrix], rows: slice

@@ -228,6 +228,16 @@ class Preconditioner:
             return cls(K, squared=False, scale=scale)
         return cls(outer, squared=True, scale=scale)
 
+    @classmethod
+    def allocate(cls, K: StructuredMatrix, *, squared: bool) -> Self:
+        """Return memory for what `prepare` returns, with any numbers."""
+        scale = None
+        if K.dtype == torch.float16:
+            scale = torch.empty(K.batch_shape, dtype=torch.float32, device=K.device)
+        has_own = squared or scale is not None
+        matrix = K.map(torch.empty_like) if has_own else K
+        return cls(matrix, squared=squared, scale=scale)
+
     def __call__(self, X: Tensor) -> Tensor:
         """Multiply onto X of shape ``[rows, d_n, columns]``."""
         if self.squared:
@@ -277,7 +287,7 @@ def descend(
     U: Tensor,
     *,
     moves: Tensor | None,
-    lr: float,
+    lr: float | Tensor,
     alpha1: float,
     kappa: float,
 ) -> None:
@@ -289,7 +299,7 @@ def descend(
         U: Their pre-conditioned gradients, ``[rows, *shape]``.
         moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
             rows move.
-        lr: Learning rate.
+        lr: Learning rate; a tensor ``[rows]`` has one value a row.
         alpha1: Momentum.
         kappa: Weight decay.
     """
@@ -307,4 +317,7 @@ def descend(
             keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
             step = V.mul_(per_matrix(keep, V)).add_(U).masked_fill(rests, 0.0)
     # W ← W − lr · V
-    torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)
+    if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it
+        torch._foreach_sub_(list(W), (step * per_matrix(lr, step)).unbind(0))
+    else:
+        torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)

@@ -26,6 +26,7 @@ from sirfshampoo._config import (
     with_kappa,
 )
 from sirfshampoo._costs import cost_of, period_of
+from sirfshampoo._device import untraced
 from sirfshampoo._diagnostics import (
     diagnostics,
     partly_missing_gradients,
@@ -36,7 +37,7 @@ from sirfshampoo._diagnostics import (
 from sirfshampoo._memory import check_memory
 from sirfshampoo._precision import full_precision
 from sirfshampoo._spread import spread
-from sirfshampoo._stack import Settings, Stack, stack_units
+from sirfshampoo._stack import Settings, Stack, Task, stack_units
 from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
 from sirfshampoo._update import Workspace
@@ -59,6 +60,12 @@ class _NoModel(Module):
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Return the parameters."""
         return iter(self._given)  # type: ignore[arg-type]
+
+
+def _take_steps(tasks: Sequence[Task], batch_size: int, workspace: Workspace) -> None:
+    """Do what is planned: all the arithmetic of a step, in one piece for a compiler."""
+    for task in tasks:
+        task.stack.take_step(task, batch_size, workspace)
 
 
 def _unwatch(model: weakref.ref[Module], hook: ForwardHook) -> None:
@@ -89,7 +96,8 @@ class SIRFShampoo(Optimizer):
             matrices that the pre-conditioner uses for it.
         STATE_ATTRIBUTES: Attributes outside ``state`` that a state dict holds and
             brings back.
-        global_step: The number of steps taken.
+        global_step: The number of steps taken. Add to it where steps pass the optimizer
+            by, as those of a replayed CUDA graph do.
         spread_updates: Whether updates of pre-conditioners are spread over the steps.
         debug: Whether a step warns of gradients that are not finite, and names their
             parameters. On an accelerator that waits for the device. Default: False.
@@ -102,7 +110,7 @@ class SIRFShampoo(Optimizer):
         self,
         model: Module | Iterable[Any],
         params: Iterable[Any] | None = None,
-        lr: float = 0.001,
+        lr: float | Tensor = 0.001,
         beta2: float = 0.01,
         alpha1: float = 0.9,
         alpha2: float = 0.5,
@@ -131,7 +139,10 @@ class SIRFShampoo(Optimizer):
                 with the key ``'params'`` and any of the options from ``lr`` to
                 ``combine_params`` (but not ``batch_size``). Default: all parameters of
                 the model that require a gradient.
-            lr: Learning rate of the parameters (β₁ in the paper).
+            lr: Learning rate of the parameters (β₁ in the paper). If it is a tensor,
+                each group gets a copy of its own, into which schedulers write: put it
+                on the device of the parameters, then a compiled step or a captured
+                CUDA graph follows a schedule.
             beta2: Learning rate of the pre-conditioner.
             alpha1: Momentum of the parameter update.
             alpha2: Riemannian momentum of the pre-conditioner.
@@ -197,7 +208,8 @@ class SIRFShampoo(Optimizer):
         elif params is None:
             params = [p for p in self._model.parameters() if p.requires_grad]
 
-        self.global_step = 0
+        self._stacks: list[Stack] | None = None
+        self._global_step = 0
         self.debug = False
         self.spread_updates = spread_updates
         # the phase of each group, and what it follows from
@@ -207,7 +219,6 @@ class SIRFShampoo(Optimizer):
         self._is_set_up = False
         self._told: set[int] = set()  # units whose missing gradients were told
         self._units: list[Unit] = []
-        self._stacks: list[Stack] | None = None
         self._workspace = Workspace()
         # what rules find in the model; remembered while groups are being added
         self._identified: dict[int, list[list[Parameter]]] = {}
@@ -337,7 +348,10 @@ class SIRFShampoo(Optimizer):
         """Perform a single optimization step.
 
         A pre-conditioner whose parameters lack a gradient rests, and so does one whose
-        gradient is not finite (``skipped`` in its state counts these).
+        gradient is not finite (``skipped`` in its state counts these). On an
+        accelerator the host does not wait for the device. ``torch.compile`` makes two
+        variants of a step, with an update of the pre-conditioners and without; and
+        more if not all groups are updated in the same steps.
 
         Args:
             closure: Not supported.
@@ -351,6 +365,14 @@ class SIRFShampoo(Optimizer):
                 "SIRFShampoo.step takes no closure: compute the loss and its gradients "
                 "before the step."
             )
+        stacks, tasks, batch_size = self._plan()
+        with full_precision({stack.skipped.device.type for stack in stacks}):
+            _take_steps(tasks, batch_size, self._workspace)
+        self._close(batch_size)
+
+    @untraced
+    def _plan(self) -> tuple[list[Stack], list[Task], int]:
+        """Return the stacks, what is to be done with them, and the batch size."""
         present = [unit.has_gradients() for unit in self._units]
         batch_size = self._batch_size.read() if any(present) else 0
         partly_missing = partly_missing_gradients(self._units) - self._told
@@ -367,15 +389,28 @@ class SIRFShampoo(Optimizer):
                 self.param_groups, self._due(), present, strict=True
             )
         ]
-        stacks = self._current_stacks()
-        with full_precision({stack.skipped.device.type for stack in stacks}):
-            for stack in stacks:
-                for rows, shared in stack.runs(settings):
-                    stack.take_step(rows, shared, batch_size, self._workspace)
+        stacks, groups = self._current_stacks(), self.param_groups
+        tasks = [task for stack in stacks for task in stack.plan(settings, groups)]
+        return stacks, tasks, batch_size
+
+    @untraced
+    def _close(self, batch_size: int) -> None:
+        """Count a step that was taken."""
         self.global_step += 1
-        for stack in stacks:
-            stack.step.add_(1)
+        for stack in self._stacks or []:
+            stack.note_writes()
         self._batch_size.close(batch_size)
+
+    @property
+    def global_step(self) -> int:
+        """The number of steps taken. Set it where steps pass this object by."""
+        return self._global_step
+
+    @global_step.setter
+    def global_step(self, value: int) -> None:
+        for stack in self._stacks or []:
+            stack.step.add_(value - self._global_step)
+        self._global_step = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget how many examples they averaged over.

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import hypothesis
@@ -111,6 +112,14 @@ def far_away(monkeypatch: pytest.MonkeyPatch) -> NoLooking:
     monkeypatch.setattr(_device, "is_at_hand", lambda tensor: False)
     monkeypatch.setattr(_stack, "_STACK_LIMIT", {})
     return NoLooking()
+
+
+@pytest.fixture(params=["at hand", "far away"])
+def place(request: pytest.FixtureRequest) -> AbstractContextManager[Any]:
+    """Enclose a step on a CPU, or on what passes for an accelerator."""
+    if request.param == "at hand":
+        return nullcontext()
+    return request.getfixturevalue("far_away")
 
 
 @pytest.fixture

@@ -29,14 +29,6 @@ Place = AbstractContextManager[Any]
 AT_HAND: Place = nullcontext()
 
 
-@pytest.fixture(params=["at hand", "far away"])
-def place(request: pytest.FixtureRequest) -> Place:
-    """Enclose a step on a CPU, or on what passes for an accelerator."""
-    if request.param == "at hand":
-        return AT_HAND
-    return request.getfixturevalue("far_away")
-
-
 def draw_gradients(params: Iterable[nn.Parameter]) -> Gradients:
     """Set normal gradients, and return copies of them."""
     gradients: Gradients = {}

@@ -1,6 +1,7 @@
 """Updates of the factors spread over the steps: each once a period, none a spike."""
 
 import warnings
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -168,7 +169,7 @@ def phase_of(T: int, phase: int, step: int) -> bool:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_follows_a_twin_that_updates_in_the_same_steps(
-    structures: Any, dtype: torch.dtype
+    structures: Any, dtype: torch.dtype, place: AbstractContextManager[Any]
 ) -> None:
     T, model = 3, many_layers(dtype)
     config = {**FAST, "kappa": 0.1, "structures": structures}
@@ -192,7 +193,8 @@ def test_follows_a_twin_that_updates_in_the_same_steps(
     assert len({unit.settings["T"].args[1] for unit in twin.units}) == T
     for _ in range(12):
         gradients = draw_gradients(model)
-        optimizer.step()
+        with place:
+            optimizer.step()
         twin.step(gradients, BATCH)
     assert_agree(twin, optimizer, 1e-12 if dtype == torch.float64 else 2e-5)
 
@@ -312,3 +314,34 @@ def test_the_summary_tells_both_peaks() -> None:
             spread_updates=True,
         )
     assert mixed.peak_flops == mixed.spread_peak_flops
+
+
+class FailsOnce(PerParameter):
+    """Joins no gradients at the first time."""
+
+    fails = False
+
+    def group(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Fail, or return the tensor."""
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("no memory")
+        return super().group(tensors)
+
+
+@pytest.mark.parametrize("start", [0, 1])  # an update is due, or not
+def test_a_step_that_fails_leaves_no_products_half_made(start: int) -> None:
+    T, rule, model = 3, FailsOnce(), Tensors([(5, 7)] * 3, torch.float64)
+    config = {**FAST, "T": T}
+    optimizer = SIRFShampoo(model, batch_size=BATCH, combine_params=(rule,), **config)
+    twin = Twin(find_units(model), **config)
+    optimizer.global_step = twin.global_step = start
+    for step in range(6):
+        gradients = draw_gradients(model)
+        if step in (0, 4):
+            rule.fails = True
+            with pytest.raises(RuntimeError, match="no memory"):
+                optimizer.step()
+        optimizer.step()
+        twin.step(gradients, BATCH)
+    assert_agree(twin, optimizer, 1e-12)

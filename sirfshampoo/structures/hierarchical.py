@@ -81,7 +81,10 @@ class HierarchicalMatrix(StructuredMatrix):
         first.copy_(dense[..., :a, :])
         last.copy_(dense[..., a:, :])
         c = (self.middle * scale).unsqueeze(-1)
-        torch.mul(X[..., a : a + mid, :], c, out=between)
+        if torch.compiler.is_compiling():  # Dynamo takes no scattered `out=`
+            between.copy_(X[..., a : a + mid, :] * c)
+        else:
+            torch.mul(X[..., a : a + mid, :], c, out=between)
         return Y
 
     def rmatmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
