@@ -203,12 +203,13 @@ class Stack:
         self._products.look_for_writes()
         tasks = []
         for rows, shared in self.runs(settings):
-            lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
             interval = 1 if self._elementwise else shared.interval
             products = self._products.plan(rows, interval, due=shared.due)
-            rates = lrs if shared.lr is None else []
-            counters = self.skipped[rows]
-            tasks.append(Task(self, rows, shared, products, rates, counters))
+            lrs = []
+            if shared.lr is None:
+                lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
+            skipped = self.skipped[rows]
+            tasks.append(Task(self, rows, shared, products, lrs, skipped))
         return tasks
 
     def note_writes(self) -> None:

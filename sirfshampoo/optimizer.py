@@ -432,13 +432,13 @@ class SIRFShampoo(Optimizer):
     def _present_phases(self) -> list[int]:
         """Return, a group, in which step of its period its factors are updated."""
         groups = self.param_groups
-        reason = self.spread_updates, [(g["T"], bool(g["lam"])) for g in groups]
+        if not self.spread_updates:
+            return [0] * len(groups)
+        reason = [(group["T"], bool(group["lam"])) for group in groups]
         if reason != self._phases[0]:
-            phases = [0] * len(groups)
-            if self.spread_updates:
-                costs = [cost_of(unit, groups[unit.group]) for unit in self._units]
-                updates = [cost.update_flops for cost in costs]
-                phases = spread(updates, [period_of(group) for group in groups])
+            costs = [cost_of(unit, groups[unit.group]) for unit in self._units]
+            updates = [cost.update_flops for cost in costs]
+            phases = spread(updates, [period_of(group) for group in groups])
             self._phases = reason, phases
         return self._phases[1]
 
