@@ -351,9 +351,9 @@ def check_result(result: dict[str, Any]) -> None:
         assert e.seconds[-1] > 0
     assert found["sirf-readme"].factors() == [0.5, 1, 2]
     adamw = found["adamw"].record
-    vals = [inf if x["diverged"] else x["val"] for x in adamw["trials"]]
-    winner = adamw["trials"][vals.index(min(vals))]
-    assert adamw["settings"] == winner["settings"]
+    trials = summary.rows(adamw["trials"])
+    winner = min((t for t in trials if not t["diverged"]), key=lambda t: t["val"])
+    assert winner["lr"] == adamw["settings"]["lr"]
 
 
 def test_a_longer_search_and_other_contestants_join(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_longer_search_and_other_contestants_join(tmp_path: Path) -> None:
     assert train.main([*joined, "--lr-factors", "1"]) == 0
     result = results.load(tmp_path / "digits-mlp-3steps.json")
     assert [e["name"] for e in result["entries"]] == ["sgd", "sirf-readme"]
-    assert len(result["entries"][0]["trials"]) == 2
+    assert len(result["entries"][0]["trials"]["val"]) == 2
     assert all(e["seconds"] is None for e in result["entries"])
     assert len(lines(tmp_path)) <= 2 + 2 + 1  # the winner may have changed
     before = lines(tmp_path)
@@ -427,19 +427,22 @@ def run_of(curve: list[float], seed: int = 1, factor: float = 1.0) -> dict[str, 
     return run | {"diverged": None, "curve": curve}
 
 
+def columns(*runs: dict[str, Any]) -> dict[str, list[Any]]:
+    return {key: [run[key] for run in runs] for key in runs[0]}
+
+
 def small_result() -> dict[str, Any]:
     """Make a result: AdamW ends at 2 after 20 steps, ours is there after 5."""
-    boom = {"settings": {}, "val": None, "diverged": "step 3: boom"}
-    trials = [{"settings": {"lr": 0.1}, "val": 2.0, "diverged": None}, boom]
+    trials = {"lr": [0.1, 0.2], "val": [2.0, None], "diverged": [None, "boom"]}
     base = {"builder": "adamw", "searched": True, "settings": {"lr": 0.1}}
     base |= {"space": {"lr": "0.1 … 1"}, "code": ["abc"], "state_bytes": 8}
     base |= {"why_no_seconds": None, "trials": trials}
     adamw = {"name": "adamw", "title": "AdamW", "seconds": [0.0, 1.0, 2.0]}
-    adamw["runs"] = [run_of([4.0, 3.0, 1.0]), run_of([4.0, 3.0, 3.0], seed=2)]
+    adamw["runs"] = columns(run_of([4.0, 3.0, 1.0]), run_of([4.0, 3.0, 3.0], seed=2))
     ours = {"name": "ours", "title": "Ours", "seconds": [0.0, 3.0, 6.0]}
-    ours |= {"builder": "sirfshampoo", "searched": False, "trials": []}
+    ours |= {"builder": "sirfshampoo", "searched": False, "trials": {}}
     lost = run_of([9.0], factor=2.0) | {"diverged": "step 1: boom", "curve": []}
-    ours["runs"] = [run_of([3.0, 1.0, 0.5]), lost]
+    ours["runs"] = columns(run_of([3.0, 1.0, 0.5]), lost)
     env = results.load(results.RESULTS / "gpt256.json")["environment"]
     result: dict[str, Any] = {"name": "digits-mlp", "title": "a task", "steps": 20}
     result |= {"batch_size": 8, "points": [0, 10, 20], "environment": env}
@@ -474,7 +477,7 @@ def test_overviews_compare_tasks() -> None:
 
 def test_unequal_searches_are_told() -> None:
     result = small_result()
-    other = result["entries"][0] | {"name": "sgd", "trials": []}
+    other = result["entries"][0] | {"name": "sgd", "trials": {}}
     result["entries"].append(other)
     assert any("Not all had as many trials" in x for x in tables.task(result).notes)
 
@@ -491,7 +494,7 @@ def test_a_loss_that_is_never_reached() -> None:
     assert summary.first_below([0, 10], [3.0, 2.0], 1.0) == inf
     assert summary.first_below([0, 10], [3.0, 2.0], 3.5) == 0
     result = small_result()
-    result["entries"][0]["runs"][0]["diverged"] = "boom"  # half of AdamW's
+    result["entries"][0]["runs"]["diverged"][0] = "boom"  # half of AdamW's
     (adamw, _) = summary.entries(result)
     assert adamw.steps_to(3.5) == inf
     assert tables.time_to_adamw([result]).lines[1] == ("Ours", "–")

@@ -13,10 +13,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(
-        1, 2, figsize=(11, 4.5), sharey=True, layout="constrained"
+        1, 2, figsize=(10, 4.2), sharey=True, layout="constrained"
     )
     found = [e for e in entries(result) if e.curves()]
     for number, e in enumerate(found):
@@ -36,16 +36,20 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes[0].set_yscale("log")
         axes[0].set_ylim(0.9 * lowest, 1.1 * highest)
     axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("{x:.3g}")
-    axes[0].set(xlabel="steps", ylabel="test loss", title=result["title"])
-    axes[1].set(xlabel="seconds of training, one thread", title="the same by the clock")
+    if highest < 20 * lowest:  # else the powers of ten are enough
+        axes[0].yaxis.set_minor_formatter("{x:.3g}")
+    else:
+        axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes[0].set(xlabel="steps", ylabel="test loss", title="by step")
+    axes[1].set(xlabel="seconds of training, one thread", title="by the clock")
     for ax in axes:
         ax.grid(which="both", alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_xlim(left=0)
     axes[1].set_xlim(left=0)
+    figure.suptitle(result["title"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    figure.savefig(path, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
 
 

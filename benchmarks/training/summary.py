@@ -44,15 +44,12 @@ def entry(
         "settings": settings,
         "code": sorted({record["code"] for record in (*trials, *runs)}),
         "state_bytes": max((run["state_bytes"] for run in runs), default=None),
-        "trials": [
-            {
-                "settings": {k: x for k, x in t["settings"].items() if k not in fixed},
-                "val": t.get("val"),
-                "diverged": t["diverged"],
-            }
+        "trials": _columns(
+            {k: x for k, x in t["settings"].items() if k not in fixed}
+            | {"val": t.get("val"), "diverged": t["diverged"]}
             for t in trials
-        ],
-        "runs": [
+        ),
+        "runs": _columns(
             {
                 "seed": run["seed"],
                 "lr_factor": run["lr_factor"],
@@ -61,10 +58,25 @@ def entry(
                 "curve": list(run["curve"].values()) if run["lr_factor"] == 1 else [],
             }
             for run in runs
-        ],
+        ),
         "seconds": None,
         "why_no_seconds": None,
     }
+
+
+def _columns(records: Iterable[Record]) -> dict[str, list[Any]]:
+    """Write records with the same keys as lists: the file gets a line for each key."""
+    columns: dict[str, list[Any]] = {}
+    for record in records:
+        for key, value in record.items():
+            columns.setdefault(key, []).append(value)
+    return columns
+
+
+def rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Read what `_columns` wrote."""
+    lines = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, line, strict=True)) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -96,14 +108,15 @@ class Entry:
         self.record, self.points = record, points
         self.name, self.title = record["name"], record["title"]
         self.seconds: list[float] | None = record["seconds"]
+        self.trials, self.all_runs = rows(record["trials"]), rows(record["runs"])
 
-    def runs(self, lr_factor: float = 1.0) -> list[Record]:
+    def runs(self, lr_factor: float = 1.0) -> list[dict[str, Any]]:
         """Return the runs on other seeds with one learning rate."""
-        return [r for r in self.record["runs"] if r["lr_factor"] == lr_factor]
+        return [r for r in self.all_runs if r["lr_factor"] == lr_factor]
 
     def factors(self) -> list[float]:
         """Return the factors on the learning rate that were tried."""
-        return sorted({run["lr_factor"] for run in self.record["runs"]})
+        return sorted({run["lr_factor"] for run in self.all_runs})
 
     def mean(self, what: str, lr_factor: float = 1.0) -> Mean | None:
         """Summarize a loss, or the accuracy, over the runs that did not diverge."""
@@ -113,13 +126,13 @@ class Entry:
 
     def diverged(self, lr_factor: float | None = None) -> tuple[int, int]:
         """Count the runs that diverged, and all runs; with any factor if None."""
-        runs = self.record["runs"] if lr_factor is None else self.runs(lr_factor)
+        runs = self.all_runs if lr_factor is None else self.runs(lr_factor)
         return sum(bool(run["diverged"]) for run in runs), len(runs)
 
     def diverged_trials(self) -> tuple[int, int]:
         """Count the trials of the search that diverged, and all trials."""
-        trials = self.record["trials"]
-        return sum(bool(trial["diverged"]) for trial in trials), len(trials)
+        failed = sum(bool(trial["diverged"]) for trial in self.trials)
+        return failed, len(self.trials)
 
     def curves(self) -> list[list[float]]:
         """Return the test losses at the points, of each run that did not diverge."""

@@ -87,9 +87,10 @@ def _reached(e: Entry, target: float) -> tuple[str, str]:
 
 def task_notes(result: Result) -> list[str]:
     """Say how one task was trained, measured and timed."""
-    trials = sorted({len(e["trials"]) for e in result["entries"] if e["searched"]})
+    found = entries(result)
+    trials = sorted({len(e.trials) for e in found if e.record["searched"]})
     searched = " or ".join(map(str, trials)) if trials else "no"
-    seeds = sorted({len(Entry(e, [0]).runs()) for e in result["entries"]})
+    seeds = sorted({len(e.runs()) for e in found})
     notes = [
         f"{where(result['environment'])} Data: {result['data']['origin']} "
         f"({result['data']['hash']}); {result['steps']} steps of "
@@ -106,8 +107,8 @@ def task_notes(result: Result) -> list[str]:
             f"Seconds: trained once more in turns, alone, one thread, the fastest of "
             f"{clock['rounds']} rounds; load before {clock['load_at_start']:.1f}."
         )
-    ours = [e for e in result["entries"] if e["builder"] in OURS]
-    codes = {code for e in ours for code in e["code"]}
+    ours = [e.record for e in found if e.record["builder"] in OURS]
+    codes = {code for record in ours for code in record["code"]}
     if len(codes) > 1:
         notes.append(
             f"This package was not the same for all: {', '.join(sorted(codes))}."
