@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sirfshampoo._distributed import distributed_like, local, whole_rows
 from sirfshampoo._stack import Stack
-from sirfshampoo._units import Unit
+from sirfshampoo._units import Unit, joint_gradients
 from sirfshampoo.structures.base import accumulation_dtype
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.
@@ -55,9 +56,12 @@ def _of_row(stack: Stack, row: int, lr: float) -> dict[str, Tensor]:
     """Return numbers on a unit as 0-d tensors."""
     unit = stack.units[row]
     zero = torch.zeros((), dtype=torch.float64, device=stack.skipped.device)
-    direction = momentum = [V_j[row].flatten() for V_j in stack.V or []]
+    direction = momentum = [
+        whole_rows([distributed_like(V_j[row], p)], p)
+        for V_j, p in zip(stack.V or [], unit.params, strict=bool(stack.V))
+    ]
     if not momentum and unit.has_gradients():
-        G = unit.joint_gradient().unsqueeze(0)
+        G = joint_gradients([unit])
         direction = [stack.precondition(slice(row, row + 1), G)]
     norms = [
         torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
@@ -104,7 +108,7 @@ def warn_of_non_finite_gradients(
         name
         for unit in units
         for name, p in zip(names[unit.group], unit.params, strict=True)
-        if p.grad is not None and not bool(p.grad.isfinite().all())
+        if p.grad is not None and not bool(local(p.grad).isfinite().all())
     ]
     if sick:
         warnings.warn(

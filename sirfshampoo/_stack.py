@@ -11,8 +11,15 @@ from torch import Tensor
 
 from sirfshampoo import _elementwise
 from sirfshampoo._costs import interval_of
+from sirfshampoo._distributed import (
+    distributed_like,
+    fill,
+    local,
+    placement,
+    shard_rows,
+)
 from sirfshampoo._kept import KeptProducts
-from sirfshampoo._units import Unit
+from sirfshampoo._units import Unit, joint_gradients, stacked
 from sirfshampoo._update import (
     Workspace,
     descend,
@@ -72,8 +79,8 @@ class Stack:
         units: The units, one a row.
         K: The Kronecker factor of each axis, ``[rows, d_n, d_n]``.
         m: Their Riemannian momenta; None if there are none.
-        V: The momentum of each of a unit's parameters, ``[rows, *shape]``; None if
-            there is none.
+        V: The momentum of each of a unit's parameters, ``[rows, *shape]``, of what is
+            distributed the shard on this rank; None if there is none.
         step: The number of steps taken, ``[rows]``, on the CPU.
         skipped: The number of steps sat out for a non-finite gradient, ``[rows]``.
     """
@@ -100,9 +107,9 @@ class Stack:
         if has_V:
             self.V = [
                 # one parameter keeps its memory format
-                torch.zeros_like(p.detach()).unsqueeze(0)
+                torch.zeros_like(local(p.detach())).unsqueeze(0)
                 if len(units) == 1
-                else torch.zeros(*batch, *p.shape, dtype=p.dtype, device=device)
+                else torch.zeros(*batch, *local(p).shape, dtype=p.dtype, device=device)
                 for p in first.params
             ]
         self.step = torch.full(batch, step, dtype=torch.int64)
@@ -124,20 +131,25 @@ class Stack:
             for name, matrix in matrices.items()
             for field, tensor in matrix.named_tensors()
         }
-        stacked = [(0, "step", self.step), (0, "skipped", self.skipped)]
-        stacked += [(0, key, tensor) for key, tensor in fields.items()]
-        stacked += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
-        for position, key, tensor in stacked:
+        entries = [(0, "step", self.step), (0, "skipped", self.skipped)]
+        entries += [(0, key, tensor) for key, tensor in fields.items()]
+        entries += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
+        for position, key, tensor in entries:
             for row, view in enumerate(tensor.unbind(0)):
-                yield row, position, key, view
+                if key == "momentum_buffer":
+                    p = self.units[row].params[position]
+                    yield row, position, key, distributed_like(view, p)
+                else:
+                    yield row, position, key, view
 
     def place(self, state: dict[Tensor, State]) -> None:
         """Take over the numbers in the optimizer's state and leave the rows there."""
         self._placed = []
         for row, position, key, view in self._rows():
             p = self.units[row].params[position]
-            if key in state[p]:
-                view.copy_(state[p][key])
+            # without numbers there is nothing to take over
+            if key in state[p] and not state[p][key].is_meta:
+                fill(view, state[p][key])
             state[p][key] = view
             self._placed.append((p, key, view))
 
@@ -183,7 +195,7 @@ class Stack:
     ) -> None:
         """Update factors (if due), momenta and parameters of a run of rows."""
         units = self.units[rows]
-        G = _stacked([unit.joint_gradient() for unit in units])
+        G = joint_gradients(units)
         moves = None
         self._products.look_for_writes()
         if settings.due:
@@ -198,9 +210,9 @@ class Stack:
 
         for j, U_j in enumerate(_scattered(units, U)):
             descend(
-                [unit.params[j] for unit in units],
+                [local(unit.params[j]) for unit in units],
                 None if self.V is None else self.V[j][rows],
-                U_j,
+                shard_rows(U_j, units[0].params[j]),
                 moves=moves,
                 lr=settings.lr,
                 alpha1=settings.alpha1,
@@ -249,18 +261,13 @@ class Stack:
         return matrices if whole else [matrix[rows] for matrix in matrices]
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Stack tensors along a new first axis; a stack of one is a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
 def _scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
     """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
     shapes, rule = [p.shape for p in units[0].params], units[0].rule
     if type(rule).ungroup is PerParameter.ungroup:
         return [U.reshape(len(units), *shapes[0])]
     rows = [rule.ungroup(row, shapes) for row in U.unbind(0)]
-    return [_stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
+    return [stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
 
 
 def stack_units(
@@ -290,7 +297,7 @@ def stack_units(
             unit.dims,
             unit.structures,
             unit.dtypes,
-            *((p.shape, p.dtype, p.device) for p in unit.params),
+            *((p.shape, p.dtype, p.device, placement(p)) for p in unit.params),
         )
         alike.setdefault(key, []).append(unit)
 

@@ -6,7 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from sirfshampoo._diagnostics import (
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
+from sirfshampoo._distributed import Ranks
 from sirfshampoo._memory import check_memory
 from sirfshampoo._precision import full_precision
 from sirfshampoo._stack import Settings, Stack, stack_units
@@ -38,6 +39,10 @@ from sirfshampoo._units import Unit, form_units
 from sirfshampoo._update import Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["DEFAULT_COMBINE_PARAMS", "SIRFShampoo", "get_batch_size"]
 
@@ -111,6 +116,8 @@ class SIRFShampoo(Optimizer):
         | None = None,
         combine_params: tuple[PreconditionerGroup, ...] = DEFAULT_COMBINE_PARAMS,
         verbose_init: bool = False,
+        *,
+        process_group: ProcessGroup | DeviceMesh | Literal[False] | None = None,
     ) -> None:
         """Set up the optimizer.
 
@@ -156,6 +163,12 @@ class SIRFShampoo(Optimizer):
                 has its own.
             verbose_init: Whether to print how parameters are grouped and which
                 pre-conditioners they get.
+            process_group: The ranks of ``torch.distributed`` that see different
+                examples: examples that are counted are summed over them once a step.
+                A process group, a mesh of devices, or False if this rank trains by
+                itself. An integer `batch_size` is that of all ranks, and not summed.
+                Default: the group of ``DistributedDataParallel`` if `model` is one,
+                else all ranks.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -185,6 +198,7 @@ class SIRFShampoo(Optimizer):
         self.global_step = 0
         self.debug = False
         self._batch_size = BatchSizeCounter(batch_size)
+        self._ranks = Ranks(process_group, self._model)
         self._hook: ForwardHook | None = None
         self._is_set_up = False
         self._told: set[int] = set()  # units whose missing gradients were told
@@ -331,8 +345,10 @@ class SIRFShampoo(Optimizer):
                 "SIRFShampoo.step takes no closure: compute the loss and its gradients "
                 "before the step."
             )
-        present = [unit.has_gradients() for unit in self._units]
-        batch_size = self._batch_size.read() if any(present) else 0
+        present, counted = self._ranks.agree(
+            [unit.has_gradients() for unit in self._units], self._batch_size.counted()
+        )
+        batch_size = self._batch_size.read(counted) if any(present) else 0
         partly_missing = partly_missing_gradients(self._units) - self._told
         if partly_missing:
             self._told |= partly_missing
@@ -376,6 +392,7 @@ class SIRFShampoo(Optimizer):
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
+        self._ranks.know(p for unit in self._units for p in unit.params)
         self._stacks = stack_units(
             self._units, self.param_groups, self.state, step=self.global_step
         )
@@ -394,7 +411,10 @@ class SIRFShampoo(Optimizer):
 
     @property
     def batch_size(self) -> int:
-        """The number of examples counted for the present (or last) step."""
+        """The number of examples counted for the present (or last) step.
+
+        Of several ranks, this one's before the step, that of all after it.
+        """
         return self._batch_size.value
 
     @property

@@ -1,0 +1,399 @@
+"""What the distributed tests run on every rank: each compares with one process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from sirfshampoo import (
+    FlattenEmbedding,
+    LinearWeightBias,
+    PerParameter,
+    SIRFShampoo,
+)
+from tests.cases import FAST, STRUCTURES, mixture
+
+STEPS = 10
+ROWS = 11
+"""Examples of a batch; no number of ranks divides it."""
+
+JOIN = (LinearWeightBias(), FlattenEmbedding(), PerParameter())
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"structures": name} for name in STRUCTURES},
+    "T=3": {"T": 3, "structures": mixture(2), "kappa": 0.01},
+    "joined": {"combine_params": JOIN, "structures": {1: "diagonal", 2: "dense"}},
+    "joined, T=2": {"combine_params": JOIN, "T": 2, "structures": mixture(3)},
+    "no momenta": {"alpha1": 0.0, "alpha2": 0.0, "kappa": 0.1},
+    "float32 factors": {"preconditioner_dtypes": torch.float32},
+}
+"""What is said to the optimizer beside `FAST`."""
+
+
+class Words(nn.Module):
+    """Layers of odd sizes, equal ones among them, on top of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 5)
+        self.first = nn.Linear(15, 7)
+        self.equal = nn.Sequential(*(nn.Linear(7, 7) for _ in range(3)))
+        self.norm = nn.LayerNorm(7)
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Read sequences of three words."""
+        x = self.first(self.embed(words).flatten(1))
+        for layer in self.equal:
+            x = x + layer(x).tanh()
+        return self.last(self.norm(x))
+
+
+def batches(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    """Return the inputs and targets of each step, of all ranks."""
+    draw = torch.Generator().manual_seed(7)
+    words = torch.randint(9, (steps, ROWS, 3), generator=draw)
+    targets = torch.randn(steps, ROWS, 3, generator=draw, dtype=torch.float64)
+    return list(zip(words, 1 + targets, strict=True))
+
+
+def share(tensor: Tensor, parts: int = 1, part: int = 0) -> Tensor:
+    """Return this rank's rows of a batch: the first rank has the most."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cuts = [ROWS - ROWS * (world - r) ** 2 // world**2 for r in range(world + 1)]
+    return tensor[cuts[rank] : cuts[rank + 1]].chunk(parts)[part]
+
+
+def mean_loss(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> Tensor:
+    """Return a sum over the rows given that is their part in the mean of all."""
+    dtype = next(model.parameters()).dtype
+    return weight * (model(x) - y.to(dtype)).square().sum() / (ROWS * 3)
+
+
+def alone(
+    model: nn.Module, make: Callable[..., SIRFShampoo], steps: int = STEPS
+) -> SIRFShampoo:
+    """Train in this process by itself, on whole batches."""
+    optimizer = make(model, process_group=False)
+    for x, y in batches(steps):
+        optimizer.zero_grad()
+        mean_loss(model, x, y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def together(
+    model: nn.Module,
+    optimizer: SIRFShampoo,
+    steps: int = STEPS,
+    start: int = 0,
+    before_step: Callable[[], Any] = lambda: None,
+) -> None:
+    """Train on this rank's share of the same batches."""
+    world = dist.get_world_size()
+    for x, y in batches(steps)[start:]:
+        optimizer.zero_grad()
+        # gradients are averaged over the ranks
+        mean_loss(model, share(x), share(y), world).backward()
+        before_step()
+        optimizer.step()
+        assert optimizer.batch_size == ROWS
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a whole tensor, whether it is distributed or not."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_equal_parameters(model: nn.Module, expected: nn.Module) -> None:
+    """Compare parameters, and make sure that they have moved and that ranks agree."""
+    dtype = next(expected.parameters()).dtype
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+    start = dict(make_model(dtype).named_parameters())
+    for name, p in expected.named_parameters():
+        prefix = "module." if isinstance(model, DistributedDataParallel) else ""
+        found = whole(model.get_parameter(prefix + name))
+        error = (found - p).abs().max().item()
+        assert error <= tolerance * max(1.0, p.abs().max().item()), (name, error)
+        assert (p - start[name]).abs().max() > 1e-3, f"{name} has not moved."
+        of_first = found.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(found, of_first), f"{name} differs between ranks."
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Build the model that every rank starts from."""
+    torch.manual_seed(1)
+    return Words().to(dtype)
+
+
+def maker(options: str) -> Callable[..., SIRFShampoo]:
+    """Return how the optimizer is built."""
+    return partial(SIRFShampoo, **{**FAST, **OPTIONS[options]})
+
+
+# --- DistributedDataParallel ----------------------------------------------------------
+def ddp(options: str, dtype: torch.dtype = torch.float64) -> None:
+    """Unequal shares of a batch, averaged by DDP."""
+    model, make = make_model(dtype), maker(options)
+    expected = deepcopy(model)
+    alone(expected, make)
+    wrapped = DistributedDataParallel(model)
+    together(wrapped, make(wrapped))
+    assert_equal_parameters(wrapped, expected)
+
+
+# --- fully_shard ----------------------------------------------------------------------
+def meshes() -> dict[str, Any]:
+    """Return the meshes that there are for this number of ranks."""
+    world = dist.get_world_size()
+    found = {"1-d": init_device_mesh("cpu", (world,))}
+    if world == 4:
+        names = ("replicate", "shard")
+        found["2-d"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    return found
+
+
+def shard(model: nn.Module, mesh: Any, plain: tuple[str, ...] = ()) -> nn.Module:
+    """Shard a model, less the parameters whose names are given."""
+    ignored = {model.get_parameter(name) for name in plain}
+    for layer in (model.first, *model.equal):
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    return fully_shard(model, mesh=mesh, ignored_params=ignored)
+
+
+def fsdp(options: str, dtype: torch.dtype = torch.float64, mesh: str = "1-d") -> None:
+    """Unequal shares of a batch, sharded parameters."""
+    model, make = make_model(dtype), maker(options)
+    expected = deepcopy(model)
+    alone(expected, make)
+    shard(model, meshes()[mesh])
+    optimizer = make(model)
+    together(model, optimizer)
+    assert_equal_parameters(model, expected)
+    for p in model.parameters():
+        if optimizer.param_groups[0]["alpha1"]:
+            momentum = optimizer.state[p]["momentum_buffer"]
+            assert isinstance(momentum, DTensor)
+            assert momentum.placements == p.placements
+            assert momentum.shape == p.shape
+
+
+def plain_and_distributed() -> None:
+    """Some parameters are left whole on every rank, as are their units' partners."""
+    plain = ("embed.weight", "first.bias", "norm.weight")
+    model, make = make_model(), maker("joined")
+    expected = deepcopy(model)
+    alone(expected, make)
+    shard(model, meshes()["1-d"], plain)
+
+    def average() -> None:
+        for name in plain:  # FSDP does not, of what it ignores
+            grad = model.get_parameter(name).grad
+            dist.all_reduce(grad)
+            grad.div_(dist.get_world_size())
+
+    together(model, make(model), before_step=average)
+    assert not isinstance(model.embed.weight, DTensor)
+    assert_equal_parameters(model, expected)
+
+
+def built_on_meta(before: bool) -> None:
+    """The model has no memory at first; the optimizer comes before that, or after."""
+    expected, make = make_model(), maker("T=3")
+    numbers = deepcopy(expected.state_dict())
+    alone(expected, make)
+    with torch.device("meta"):
+        model = Words().double()
+    shard(model, meshes()["1-d"])
+    optimizer = make(model) if before else None
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            mesh, placements = p.device_mesh, p.placements
+            p.copy_(distribute_tensor(numbers[name], mesh, placements))
+    optimizer = optimizer or make(model)
+    together(model, optimizer)
+    assert_equal_parameters(model, expected)
+
+
+def strided_shards() -> None:
+    """Tensor parallelism within sharded data parallelism, on the same axis."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh())
+    model = model.double()
+    expected = deepcopy(model)
+    x, y = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    options = {**FAST, "structures": "dense"}
+    twin = SIRFShampoo(expected, **options, process_group=False)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = SIRFShampoo(model, **options, process_group=mesh["data"])
+    rows = slice(0, 4) if mesh.get_coordinate()[0] == 0 else slice(4, 6)
+    for _ in range(STEPS):
+        for net, take, made, scale in (
+            (expected, slice(None), twin, 1.0),
+            (model, rows, optimizer, 2.0),
+        ):
+            made.zero_grad()
+            (scale * (net(x[take]) - y[take]).square().sum() / 18).backward()
+            made.step()
+            assert made.batch_size == 6
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (whole(p) - q).abs().max() < 1e-10
+
+
+# --- training loops -------------------------------------------------------------------
+def wrapped(way: str, model: nn.Module) -> nn.Module:
+    """Make a model one of many ranks."""
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    return shard(model, meshes()["1-d"])
+
+
+@contextmanager
+def without_sync(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without communication."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
+def accumulation(way: str, sync: bool, training: bool) -> None:
+    """Two micro-batches, the first of them with communication or without; clipped."""
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = wrapped(way, model)
+    optimizer = make(model)
+    model.train(training)  # training is possible in evaluation mode
+    for x, y in batches():
+        twin.zero_grad()
+        mean_loss(expected, x, y).backward()
+        norm = nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+        assert norm > 0.5
+        twin.step()
+
+        optimizer.zero_grad()
+        pairs = [(share(x, 2, part), share(y, 2, part)) for part in range(2)]
+        with nullcontext() if sync else without_sync(model):
+            mean_loss(model, *pairs[0], dist.get_world_size()).backward()
+        mean_loss(model, *pairs[1], dist.get_world_size()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert optimizer.batch_size == ROWS
+    assert_equal_parameters(model, expected)
+
+
+def grad_scaler(way: str) -> None:
+    """One step overflows on one rank; all ranks skip it."""
+    model, make = make_model(torch.float32), maker("dense")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = wrapped(way, model)
+    optimizer = make(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step, (x, y) in enumerate(batches()):
+        if step != 3:
+            twin.zero_grad()
+            mean_loss(expected, x, y).backward()
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+            twin.step()
+        optimizer.zero_grad()
+        weight: float = dist.get_world_size()
+        if step == 3 and dist.get_rank() == 0:
+            weight = float("inf")
+        scaler.scale(mean_loss(model, share(x), share(y), weight)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 128.0
+    assert optimizer.global_step == STEPS - 1
+    assert_equal_parameters(model, expected)
+
+
+def missing_on_one_rank(way: str) -> None:
+    """A gradient that one rank lacks: the unit rests on all, the others move."""
+    model = wrapped(way, make_model())
+    optimizer = maker("joined")(model)
+    (x, y), *_ = batches()
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    optimizer.zero_grad()
+    mean_loss(model, share(x), share(y)).backward()
+    found = dict(model.named_parameters())
+    if dist.get_rank() == 1:
+        for name in ("norm.bias", "first.weight", "first.bias"):
+            found[name if name in found else f"module.{name}"].grad = None
+    optimizer.step()
+    for name, p in found.items():
+        rests = name.removeprefix("module.").startswith(("norm.bias", "first."))
+        assert torch.equal(whole(p), before[name]) == rests, name
+    # and a rank without any gradient takes part
+    optimizer.zero_grad()
+    if dist.get_rank() != 1:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.global_step == 2
+
+
+def own_training() -> None:
+    """Each rank trains a model of its own on batches of its own."""
+    rank = dist.get_rank()
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model, process_group=False)
+    for _ in range(rank + 1):  # not as often as others do
+        optimizer.zero_grad()
+        model(torch.randn(4 + rank, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.batch_size == 4 + rank
+    # an integer is the size of all ranks' batches, and needs no communication
+    optimizer = SIRFShampoo(model, batch_size=32)
+    if rank == 0:
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.batch_size == 32
+    dist.barrier()
+    # a group of some ranks
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    optimizer = SIRFShampoo(model, process_group=groups[rank])
+    model(torch.randn(5 + rank, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.batch_size == 5 + rank
+    dist.barrier()
+
+
+def told_by_diagnostics() -> None:
+    """Diagnostics of shards are those of the whole."""
+    for options in ("joined", "no momenta"):
+        model, make = make_model(), maker(options)
+        expected = deepcopy(model)
+        twin = alone(expected, make, steps=2)
+        shard(model, meshes()["1-d"])
+        optimizer = make(model)
+        together(model, optimizer, steps=2)
+        told, wanted = optimizer.diagnostics(), twin.diagnostics()
+        assert told.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert abs(told[key] - value) <= 1e-9 * max(1.0, abs(value)), key
