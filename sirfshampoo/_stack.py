@@ -14,6 +14,7 @@ from sirfshampoo._costs import interval_of
 from sirfshampoo._distributed import (
     distributed_like,
     fill,
+    is_dtensor,
     local,
     placement,
     shard_rows,
@@ -77,6 +78,7 @@ class Stack:
 
     Attributes:
         units: The units, one a row.
+        held: Whether the factors lie on this rank.
         K: The Kronecker factor of each axis, ``[rows, d_n, d_n]``.
         m: Their Riemannian momenta; None if there are none.
         V: The momentum of each of a unit's parameters, ``[rows, *shape]``, of what is
@@ -86,11 +88,27 @@ class Stack:
     """
 
     def __init__(
-        self, units: Sequence[Unit], *, has_m: bool, has_V: bool, step: int
+        self,
+        units: Sequence[Unit],
+        *,
+        has_m: bool,
+        has_V: bool,
+        step: int,
+        held: bool = True,
     ) -> None:
-        """Set up the stack as at the start of training, at a global step."""
-        self.units = units
-        first, batch = units[0], (len(units),)
+        """Set up the stack as at the start of training, at a global step.
+
+        Args:
+            units: The units, one a row.
+            has_m: Whether the factors have momenta.
+            has_V: Whether the parameters have momenta.
+            step: The global step.
+            held: Whether the factors lie on this rank. If not, their tensors and the
+                momenta of whole parameters have no rows.
+        """
+        self.units, self.held = units, held
+        first = units[0]
+        batch = (len(units) if held else 0,)
         device = first.params[0].device
         axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
         self.K = [
@@ -109,10 +127,15 @@ class Stack:
                 # one parameter keeps its memory format
                 torch.zeros_like(local(p.detach())).unsqueeze(0)
                 if len(units) == 1
-                else torch.zeros(*batch, *local(p).shape, dtype=p.dtype, device=device)
+                else torch.zeros(
+                    len(units), *local(p).shape, dtype=p.dtype, device=device
+                )
+                # the shards of a momentum lie with those of its parameter
+                if held or is_dtensor(p)
+                else torch.zeros(0, *p.shape, dtype=p.dtype, device=device)
                 for p in first.params
             ]
-        self.step = torch.full(batch, step, dtype=torch.int64)
+        self.step = torch.full((len(units),), step, dtype=torch.int64)
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
         self._kinds = [(p.device, p.dtype) for p in first.params]
@@ -122,8 +145,12 @@ class Stack:
 
     # ------------------------------------------------------------------------ state
 
-    def _rows(self) -> Iterator[tuple[int, int, str, Tensor]]:
-        """Yield row, position of the parameter in its unit, key and tensor."""
+    def _rows(self) -> Iterator[tuple[int, int, str, Tensor, bool]]:
+        """Yield row, position of the parameter in its unit, key, tensor, if held here.
+
+        What is not held here is stood in for by a tensor without rows, so that every
+        rank has the same keys.
+        """
         matrices = {f"K{n}": K_n for n, K_n in enumerate(self.K)}
         matrices |= {f"m{n}": m_n for n, m_n in enumerate(self.m or [])}
         fields = {
@@ -135,23 +162,32 @@ class Stack:
         entries += [(0, key, tensor) for key, tensor in fields.items()]
         entries += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
         for position, key, tensor in entries:
-            for row, view in enumerate(tensor.unbind(0)):
+            held = len(tensor) == len(self.units)
+            for row, unit in enumerate(self.units):
+                view = tensor[row] if held else tensor
                 if key == "momentum_buffer":
-                    p = self.units[row].params[position]
-                    yield row, position, key, distributed_like(view, p)
-                else:
-                    yield row, position, key, view
+                    view = distributed_like(view, unit.params[position])
+                yield row, position, key, view, held
 
     def place(self, state: dict[Tensor, State]) -> None:
         """Take over the numbers in the optimizer's state and leave the rows there."""
         self._placed = []
-        for row, position, key, view in self._rows():
+        for row, position, key, view, held in self._rows():
             p = self.units[row].params[position]
             # without numbers there is nothing to take over
-            if key in state[p] and not state[p][key].is_meta:
+            if held and key in state[p] and not state[p][key].is_meta:
                 fill(view, state[p][key])
             state[p][key] = view
             self._placed.append((p, key, view))
+
+    def entries(self) -> Iterator[tuple[Tensor, str, Tensor, bool]]:
+        """Yield parameter, key and tensor of all that the state holds for this stack.
+
+        The last entry tells whether it is held here, or stood in for by a tensor
+        without rows, ``[0, *shape]``.
+        """
+        for row, position, key, view, held in self._rows():
+            yield self.units[row].params[position], key, view, held
 
     def is_current(
         self, state: Mapping[Tensor, State], groups: Sequence[Mapping[str, Any]]
@@ -196,6 +232,25 @@ class Stack:
         """Update factors (if due), momenta and parameters of a run of rows."""
         units = self.units[rows]
         G = joint_gradients(units)
+        U, moves = self.learn(rows, settings, G, batch_size, workspace)
+        for j, U_j in enumerate(U):
+            shards = shard_rows(U_j, units[0].params[j])
+            self.descend(rows, settings, j, shards, moves)
+
+    def learn(
+        self,
+        rows: slice,
+        settings: Settings,
+        G: Tensor,
+        batch_size: int,
+        workspace: Workspace,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Update the factors of a run of rows (if due) and pre-condition.
+
+        Returns:
+            The pre-conditioned gradients of each of a unit's parameters,
+            ``[rows, *shape]``, and which rows may move (None: all).
+        """
         moves = None
         self._products.look_for_writes()
         if settings.due:
@@ -207,17 +262,30 @@ class Stack:
         moves = unless_all(finite if moves is None else moves & finite)
         if moves is not None:
             self.skipped[rows].add_(~moves)
+        return _scattered(self.units[rows], U), moves
 
-        for j, U_j in enumerate(_scattered(units, U)):
-            descend(
-                [local(unit.params[j]) for unit in units],
-                None if self.V is None else self.V[j][rows],
-                shard_rows(U_j, units[0].params[j]),
-                moves=moves,
-                lr=settings.lr,
-                alpha1=settings.alpha1,
-                kappa=settings.kappa,
-            )
+    def descend(
+        self, rows: slice, settings: Settings, j: int, U: Tensor, moves: Tensor | None
+    ) -> None:
+        """Move the j-th parameters of a run of rows, and their momentum.
+
+        Args:
+            rows: The rows.
+            settings: Their settings.
+            j: The position of the parameters in their units.
+            U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is
+                distributed the shards on this rank; overwritten.
+            moves: Which rows move; None: all.
+        """
+        descend(
+            [local(unit.params[j]) for unit in self.units[rows]],
+            None if self.V is None else self.V[j][rows],
+            U,
+            moves=moves,
+            lr=settings.lr,
+            alpha1=settings.alpha1,
+            kappa=settings.kappa,
+        )
 
     def _update(
         self,
@@ -276,6 +344,7 @@ def stack_units(
     state: dict[Tensor, State],
     *,
     step: int,
+    rank: int | None = None,
 ) -> list[Stack]:
     """Stack units that are alike, with the numbers that the state holds for them.
 
@@ -284,6 +353,7 @@ def stack_units(
         groups: Their parameter groups.
         state: The optimizer's state; the rows of the stacks are left there.
         step: The optimizer's global step, for units that have no state yet.
+        rank: This rank; it holds the factors of its units and of those without owner.
     """
     alike: dict[Any, list[Unit]] = {}
     for unit in units:
@@ -293,6 +363,7 @@ def stack_units(
         key = (
             has_m,
             has_V,
+            unit.owner,
             id(unit.rule),
             unit.dims,
             unit.structures,
@@ -302,13 +373,14 @@ def stack_units(
         alike.setdefault(key, []).append(unit)
 
     stacks = []
-    for (has_m, has_V, *_), members in alike.items():
+    for (has_m, has_V, owner, *_), members in alike.items():
         device = members[0].params[0].device.type
         limit = _STACK_LIMIT.get(device, _STACK_LIMIT_ELSEWHERE)
         rows = max(limit // max(members[0].working_set, 1), 1)
         for start in range(0, len(members), rows):
             chunk = members[start : start + rows]
-            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step)
+            held = owner is None or owner == rank
+            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step, held=held)
             stack.place(state)
             stacks.append(stack)
     return stacks

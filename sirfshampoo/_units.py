@@ -28,6 +28,7 @@ class Unit:
         dims: The shape of that tensor.
         structures: The structure of each axis' Kronecker factor.
         dtypes: The type of each axis' Kronecker factor.
+        owner: The rank that holds the factors; None: every rank.
     """
 
     group: int
@@ -36,6 +37,7 @@ class Unit:
     dims: Size
     structures: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    owner: int | None = None
 
     @property
     def num_stored(self) -> int:
@@ -78,14 +80,19 @@ def joint_gradients(units: Sequence[Unit]) -> Tensor:
     first, group = units[0], units[0].rule.group
     if not any(is_dtensor(p) for p in first.params):
         return stacked([group([p.grad for p in unit.params]) for unit in units])  # type: ignore[misc]
-    # of each of a unit's parameters: [rows, *shape]
     wholes = [
         whole_rows([unit.params[j].grad for unit in units], like)  # type: ignore[misc]
         for j, like in enumerate(first.params)
     ]
-    if type(first.rule).group is PerParameter.group:
-        return wholes[0].reshape(len(units), *first.dims)
-    return stacked([group(list(row)) for row in zip(*wholes, strict=True)])
+    return joined(units, wholes)
+
+
+def joined(units: Sequence[Unit], wholes: Sequence[Tensor]) -> Tensor:
+    """Join whole gradients of each of a unit's parameters, ``[rows, *shape]`` each."""
+    rule = units[0].rule
+    if type(rule).group is PerParameter.group:
+        return wholes[0].reshape(len(units), *units[0].dims)
+    return stacked([rule.group(list(row)) for row in zip(*wholes, strict=True)])
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

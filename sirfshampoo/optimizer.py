@@ -30,8 +30,9 @@ from sirfshampoo._diagnostics import (
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
-from sirfshampoo._distributed import Ranks
+from sirfshampoo._distributed import Ranks, is_initialized
 from sirfshampoo._memory import check_memory
+from sirfshampoo._owners import Owners
 from sirfshampoo._precision import full_precision
 from sirfshampoo._stack import Settings, Stack, stack_units
 from sirfshampoo._summary import Summary, summarize
@@ -118,6 +119,7 @@ class SIRFShampoo(Optimizer):
         verbose_init: bool = False,
         *,
         process_group: ProcessGroup | DeviceMesh | Literal[False] | None = None,
+        shard_preconditioners: ProcessGroup | DeviceMesh | bool = False,
     ) -> None:
         """Set up the optimizer.
 
@@ -169,6 +171,11 @@ class SIRFShampoo(Optimizer):
                 itself. An integer `batch_size` is that of all ranks, and not summed.
                 Default: the group of ``DistributedDataParallel`` if `model` is one,
                 else all ranks.
+            shard_preconditioners: Whether each pre-conditioner lies on one rank alone,
+                which pre-conditions for all; they are balanced by counted operations.
+                True, or the ranks to share them: a process group or a mesh of one
+                dimension, each with the same gradients or shards of them. All ranks
+                must call `state_dict`, `load_state_dict` and `diagnostics` then.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -199,6 +206,9 @@ class SIRFShampoo(Optimizer):
         self.debug = False
         self._batch_size = BatchSizeCounter(batch_size)
         self._ranks = Ranks(process_group, self._model)
+        self._owners: Owners | None = None
+        if shard_preconditioners is not False and is_initialized():
+            self._owners = Owners(shard_preconditioners)
         self._hook: ForwardHook | None = None
         self._is_set_up = False
         self._told: set[int] = set()  # units whose missing gradients were told
@@ -274,6 +284,8 @@ class SIRFShampoo(Optimizer):
             )
         finally:
             self.param_groups = before
+        if self._owners is not None:
+            units = self._owners.assign(units, [*before, *groups], self._units)
         if self._is_set_up:  # else the constructor does it once for all
             self._identified.clear()
             self._check_memory([*self._units, *units], [*before, *groups])
@@ -287,7 +299,12 @@ class SIRFShampoo(Optimizer):
         self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
     ) -> None:
         """Check that there is memory for what `_restack` allocates."""
-        check_memory(units, groups, self._names_of)
+        held = [unit for unit in units if self._holds(unit)]
+        check_memory(held, groups, self._names_of)
+
+    def _holds(self, unit: Unit) -> bool:
+        """Return whether this rank holds the factors of a unit."""
+        return self._owners is None or unit.owner == self._owners.rank
 
     def _identify(
         self, rule: PreconditionerGroup, params: Sequence[Tensor]
@@ -365,9 +382,12 @@ class SIRFShampoo(Optimizer):
         ]
         stacks = self._current_stacks()
         with full_precision({stack.skipped.device.type for stack in stacks}):
-            for stack in stacks:
-                for rows, shared in stack.runs(settings):
-                    stack.take_step(rows, shared, batch_size, self._workspace)
+            if self._owners is not None:
+                self._owners.take_step(stacks, settings, batch_size, self._workspace)
+            else:
+                for stack in stacks:
+                    for rows, shared in stack.runs(settings):
+                        stack.take_step(rows, shared, batch_size, self._workspace)
         self.global_step += 1
         for stack in stacks:
             stack.step.add_(1)
@@ -392,9 +412,16 @@ class SIRFShampoo(Optimizer):
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
-        self._ranks.know(p for unit in self._units for p in unit.params)
+        self._ranks.depend(
+            (p for unit in self._units for p in unit.params),
+            None if self._owners is None else self._owners.exchange,
+        )
         self._stacks = stack_units(
-            self._units, self.param_groups, self.state, step=self.global_step
+            self._units,
+            self.param_groups,
+            self.state,
+            step=self.global_step,
+            rank=None if self._owners is None else self._owners.rank,
         )
         return self._stacks
 
@@ -419,25 +446,35 @@ class SIRFShampoo(Optimizer):
 
     @property
     def preconditioner(self) -> list[list[StructuredMatrix]]:
-        """The Kronecker factors K_n of each group, as views of the state."""
+        """The Kronecker factors K_n of each group, as views of the state.
+
+        Of sharded pre-conditioners, what another rank holds is an empty list.
+        """
         factors: dict[int, list[StructuredMatrix]] = {}
-        for stack in self._current_stacks():
+        for stack in self._held_stacks():
             for row, unit in enumerate(stack.units):
                 factors[unit.group] = [K_n[row] for K_n in stack.K]
-        return [factors[i] for i in range(len(self._units))]
+        return [factors.get(i, []) for i in range(len(self._units))]
 
     @property
     def preconditioner_momenta(self) -> list[list[StructuredMatrix | None]]:
-        """The momenta m_n of each group, as views of the state; None without any."""
+        """The momenta m_n of each group, as views of the state; None without any.
+
+        Of sharded pre-conditioners, what another rank holds is an empty list.
+        """
         momenta: dict[int, list[StructuredMatrix | None]] = {}
-        for stack in self._current_stacks():
+        for stack in self._held_stacks():
             for row, unit in enumerate(stack.units):
                 momenta[unit.group] = (
                     [None] * len(stack.K)
                     if stack.m is None
                     else [m_n[row] for m_n in stack.m]
                 )
-        return [momenta[i] for i in range(len(self._units))]
+        return [momenta.get(i, []) for i in range(len(self._units))]
+
+    def _held_stacks(self) -> list[Stack]:
+        """Return the stacks whose factors lie on this rank."""
+        return [stack for stack in self._current_stacks() if stack.held]
 
     def _summary(self) -> Summary:
         """Return what the pre-conditioners are and cost."""
@@ -471,8 +508,15 @@ class SIRFShampoo(Optimizer):
             reads it. Options that are code (``combine_params``, a callable ``T``) are
             left out.
         """
-        self._current_stacks()  # a state that was put in by hand takes its place first
+        stacks = self._current_stacks()  # a state put in by hand takes its place first
         state_dict = super().state_dict()
+        if self._owners is not None:
+            params = (p for group in self.param_groups for p in group["params"])
+            number = {id(p): i for i, p in enumerate(params)}
+            state = {i: dict(e) for i, e in state_dict["state"].items()}
+            for p, key, tensor in self._owners.spread(stacks):
+                state[number[id(p)]][key] = tensor
+            state_dict["state"] = state
         groups = [without_code(group) for group in state_dict["param_groups"]]
         attributes = {name: getattr(self, name) for name in self.STATE_ATTRIBUTES}
         return {**state_dict, "param_groups": groups, **attributes}
@@ -493,7 +537,10 @@ class SIRFShampoo(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        saved, step = check_fit(state_dict, self.param_groups, self.state)
+        expected = self.state
+        if self._owners is not None:
+            expected = self._owners.template(self._current_stacks())  # type: ignore[assignment]
+        saved, step = check_fit(state_dict, self.param_groups, expected)
 
         pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
         self.param_groups = [with_code(group, present) for group, present in pairs]
@@ -502,6 +549,9 @@ class SIRFShampoo(Optimizer):
             for unit, group in zip(self._units, self.param_groups, strict=True)
         ]
         self.global_step = self.global_step if step is None else step
+        if self._owners is not None:
+            for unit in self._units:
+                saved |= self._owners.collect(unit, saved)
         for p, entries in saved.items():
             self.state[p] = entries
         self._restack()

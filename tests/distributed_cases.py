@@ -147,14 +147,31 @@ def maker(options: str) -> Callable[..., SIRFShampoo]:
 
 
 # --- DistributedDataParallel ----------------------------------------------------------
-def ddp(options: str, dtype: torch.dtype = torch.float64) -> None:
+def ddp(options: str, dtype: torch.dtype = torch.float64, owned: bool = False) -> None:
     """Unequal shares of a batch, averaged by DDP."""
     model, make = make_model(dtype), maker(options)
     expected = deepcopy(model)
-    alone(expected, make)
+    twin = alone(expected, make)
     wrapped = DistributedDataParallel(model)
-    together(wrapped, make(wrapped))
+    optimizer = make(wrapped, shard_preconditioners=owned)
+    together(wrapped, optimizer)
     assert_equal_parameters(wrapped, expected)
+    assert_shared(optimizer, twin, owned)
+
+
+def assert_shared(optimizer: SIRFShampoo, twin: SIRFShampoo, owned: bool) -> None:
+    """Compare factors, each of which one rank holds, or all of them."""
+    pairs = list(zip(optimizer.preconditioner, twin.preconditioner, strict=True))
+    held = torch.tensor([len(factors) == len(twins) for factors, twins in pairs])
+    for factors, twins in pairs:
+        for K, expected in zip(factors, twins, strict=bool(factors)):
+            error = (K.to_dense() - expected.to_dense()).abs().max().item()
+            assert error <= 1e-9 if K.dtype == torch.float64 else 1e-5
+    number = held.long()
+    dist.all_reduce(number)
+    assert (number == (1 if owned else dist.get_world_size())).all()
+    if owned:
+        assert 0 < held.sum() < len(held)
 
 
 # --- fully_shard ----------------------------------------------------------------------
@@ -176,15 +193,21 @@ def shard(model: nn.Module, mesh: Any, plain: tuple[str, ...] = ()) -> nn.Module
     return fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
-def fsdp(options: str, dtype: torch.dtype = torch.float64, mesh: str = "1-d") -> None:
+def fsdp(
+    options: str,
+    dtype: torch.dtype = torch.float64,
+    mesh: str = "1-d",
+    owned: bool = False,
+) -> None:
     """Unequal shares of a batch, sharded parameters."""
     model, make = make_model(dtype), maker(options)
     expected = deepcopy(model)
-    alone(expected, make)
+    twin = alone(expected, make)
     shard(model, meshes()[mesh])
-    optimizer = make(model)
+    optimizer = make(model, shard_preconditioners=owned)
     together(model, optimizer)
     assert_equal_parameters(model, expected)
+    assert_shared(optimizer, twin, owned)
     for p in model.parameters():
         if optimizer.param_groups[0]["alpha1"]:
             momentum = optimizer.state[p]["momentum_buffer"]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 from tests import distributed_cases as cases
 from tests.ranks import Ranks
@@ -25,14 +24,16 @@ def four() -> Iterator[Ranks]:
     ranks.stop()
 
 
+@pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("options", cases.OPTIONS)
-def test_ddp(two: Ranks, options: str) -> None:
-    two.run(cases.ddp, options=options)
+def test_ddp(two: Ranks, options: str, owned: bool) -> None:
+    two.run(cases.ddp, options=options, owned=owned)
 
 
+@pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("options", cases.OPTIONS)
-def test_fsdp(two: Ranks, options: str) -> None:
-    two.run(cases.fsdp, options=options)
+def test_fsdp(two: Ranks, options: str, owned: bool) -> None:
+    two.run(cases.fsdp, options=options, owned=owned)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
@@ -64,10 +65,11 @@ def test_case(two: Ranks, case: Callable[[], None]) -> None:
     two.run(case)
 
 
+@pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("mesh", ["1-d", "2-d"])
 @pytest.mark.parametrize("options", ["T=3", "joined"])
-def test_fsdp_on_four(four: Ranks, mesh: str, options: str) -> None:
-    four.run(cases.fsdp, mesh=mesh, options=options)
+def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None:
+    four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
 
 
 def test_strided_shards(four: Ranks) -> None:

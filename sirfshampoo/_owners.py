@@ -1,0 +1,297 @@
+"""Which rank holds which pre-conditioner, and steps of several ranks that share them.
+
+Every rank walks through the same rounds. In a round, each rank treats one stack of
+those that it owns: shards of gradients come to the owners, which learn the factors and
+pre-condition; then whole parameters go from their owners to all ranks, and of sharded
+ones, the pre-conditioned gradients go to where the shards are. Gradients of the next
+round and results of the last are on their way while a round is computed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._costs import cost_of, interval_of
+from sirfshampoo._distributed import Exchange, is_dtensor, whole
+from sirfshampoo._stack import Settings, Stack
+from sirfshampoo._units import Unit, joined, stacked
+from sirfshampoo._update import Workspace, unless_all
+
+Group = Mapping[str, Any]
+
+
+def work_of(unit: Unit, group: Group) -> float:
+    """Return how many operations a unit takes in a step, on average."""
+    cost = cost_of(unit, group)
+    return cost.step_flops + cost.update_flops / interval_of(group)
+
+
+def shared_out(
+    costs: Sequence[tuple[float, ...]], loads: Sequence[tuple[float, ...]]
+) -> list[int]:
+    """Return who gets which piece of work: the longest first, to who has the least.
+
+    Args:
+        costs: What each piece costs. Of equal first numbers, the next ones decide.
+        loads: What each has to do already.
+    """
+    present = [list(load) for load in loads]
+    owners = [0] * len(costs)
+    # sorted() is stable: all ranks come to the same end
+    for i in sorted(range(len(costs)), key=lambda i: costs[i], reverse=True):
+        owner = min(range(len(present)), key=lambda r: present[r])
+        present[owner] = [a + b for a, b in zip(present[owner], costs[i], strict=True)]
+        owners[i] = owner
+    return owners
+
+
+@dataclass
+class _Run:
+    """Neighbouring rows of a stack that are treated alike in a round."""
+
+    stack: Stack
+    rows: slice
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        self.units = self.stack.units[self.rows]
+        self.owner = self.units[0].owner or 0
+
+    def params(self, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield the position and the parameters of all rows there."""
+        for j, first in enumerate(self.units[0].params):
+            if is_dtensor(first) == distributed:
+                yield j, [unit.params[j] for unit in self.units]
+
+
+class Owners:
+    """Shares the pre-conditioners of an optimizer among ranks.
+
+    Attributes:
+        exchange: Moves tensors between them.
+    """
+
+    def __init__(self, group: Any) -> None:
+        """Own among the ranks of a process group, or of a mesh of one dimension."""
+        self.exchange = Exchange(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owners:
+        """Return this: a copy of an optimizer is on the same ranks."""
+        return self
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.exchange.rank
+
+    def assign(
+        self, units: Sequence[Unit], groups: Sequence[Group], present: Sequence[Unit]
+    ) -> list[Unit]:
+        """Return units with owners.
+
+        Args:
+            units: The units.
+            groups: The parameter groups of all units.
+            present: Units that have owners already.
+        """
+
+        def cost(unit: Unit) -> tuple[float, float]:
+            return work_of(unit, groups[unit.group]), float(unit.num_stored)
+
+        loads = [(0.0, 0.0)] * self.exchange.size
+        for unit in present:
+            (work, stored), owner = cost(unit), unit.owner or 0
+            loads[owner] = loads[owner][0] + work, loads[owner][1] + stored
+        owners = shared_out([cost(unit) for unit in units], loads)
+        for unit in units:
+            self.exchange.check(unit.params)
+        return [replace(u, owner=o) for u, o in zip(units, owners, strict=True)]
+
+    # ------------------------------------------------------------------------- step
+
+    def take_step(
+        self,
+        stacks: Iterable[Stack],
+        settings: Sequence[Settings | None],
+        batch_size: int,
+        workspace: Workspace,
+    ) -> None:
+        """Take a step of all ranks.
+
+        Args:
+            stacks: The stacks of all owners.
+            settings: The settings of each parameter group; None: the unit rests.
+            batch_size: The number of examples that the gradients average over.
+            workspace: Memory for what is needed within the call.
+        """
+        rounds = [
+            [_Run(stack, *run) for stack in of_round for run in stack.runs(settings)]
+            for of_round in self._rounds(stacks)
+        ]
+        arriving = self._send_gradients(rounds[0]) if rounds else None
+        finish: Callable[[], None] | None = None
+        for i, runs in enumerate(rounds):
+            gradients = iter(arriving() if arriving else [])
+            arriving = None
+            if i + 1 < len(rounds):
+                arriving = self._send_gradients(rounds[i + 1])
+            mine: list[Tensor] = []
+            for run in runs:
+                if run.owner == self.rank:
+                    mine += self._learn(run, gradients, batch_size, workspace)
+            sent = self._send_results(runs, mine)
+            if finish is not None:
+                finish()
+            finish = sent
+        if finish is not None:
+            finish()
+
+    def _rounds(self, stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
+        """Yield one stack of each owner at a time, the largest first."""
+        of_owner: dict[int, list[Stack]] = defaultdict(list)
+        for stack in stacks:
+            of_owner[stack.units[0].owner or 0].append(stack)
+
+        def size(stack: Stack) -> int:
+            return len(stack.units) * stack.units[0].dims.numel()
+
+        ordered = [sorted(s, key=size, reverse=True) for s in of_owner.values()]
+        for of_round in zip_longest(*ordered):
+            yield [stack for stack in of_round if stack is not None]
+
+    def _send_gradients(self, runs: Sequence[_Run]) -> Callable[[], list[Tensor]]:
+        """Bring shards of gradients together; return what waits for those it owns.
+
+        These are whole gradients, ``[rows, *shape]``, in the order of runs and of
+        parameters in their units.
+        """
+        wanted = [
+            (run.owner, params)
+            for run in runs
+            for _, params in run.params(distributed=True)
+        ]
+        return self.exchange.to_owners(wanted)
+
+    def _learn(
+        self,
+        run: _Run,
+        gradients: Iterator[Tensor],
+        batch_size: int,
+        workspace: Workspace,
+    ) -> list[Tensor]:
+        """Learn the factors of a run; move what is whole, return what is not."""
+        wholes = [
+            next(gradients)
+            if is_dtensor(first)
+            else stacked([unit.params[j].grad for unit in run.units])  # type: ignore[misc]
+            for j, first in enumerate(run.units[0].params)
+        ]
+        G = joined(run.units, wholes)
+        learn = run.stack.learn
+        U, moves = learn(run.rows, run.settings, G, batch_size, workspace)
+        for j, _ in run.params(distributed=False):
+            run.stack.descend(run.rows, run.settings, j, U[j], moves)
+        results = [U[j] for j, _ in run.params(distributed=True)]
+        if moves is not None:  # where shards are, this tells to rest
+            for U_j in results:
+                rests = (~moves).reshape(-1, *(1,) * (U_j.ndim - 1))
+                U_j.masked_fill_(rests, float("nan"))
+        return results
+
+    def _send_results(
+        self, runs: Sequence[_Run], mine: list[Tensor]
+    ) -> Callable[[], None]:
+        """Send what was computed to all ranks; return what waits and takes it over.
+
+        Args:
+            runs: The runs of the round.
+            mine: The pre-conditioned gradients of sharded parameters that this rank
+                owns, ``[rows, *shape]``.
+        """
+        wanted = [
+            (run.owner, params)
+            for run in runs
+            for _, params in run.params(distributed=True)
+        ]
+        shards = self.exchange.from_owners(wanted, mine)
+        moved = [
+            (run.owner, p)
+            for run in runs
+            for _, params in run.params(distributed=False)
+            for p in params
+        ]
+        take_over = self.exchange.broadcast(moved)
+
+        def finish() -> None:
+            take_over()
+            arrived = iter(shards())
+            for run in runs:
+                for j, _ in run.params(distributed=True):
+                    U = next(arrived)
+                    moves = unless_all(U.flatten(1).isfinite().all(1))
+                    run.stack.descend(run.rows, run.settings, j, U, moves)
+
+        return finish
+
+    # ------------------------------------------------------------------- checkpoints
+
+    def template(self, stacks: Iterable[Stack]) -> dict[Tensor, dict[str, Tensor]]:
+        """Return tensors without numbers of the shapes that a state dict must have."""
+        shapes: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for stack in stacks:
+            for p, key, tensor, held in stack.entries():
+                shape = tensor.shape if held else tensor.shape[1:]
+                shapes[p][key] = torch.empty(shape, device="meta")
+        return shapes
+
+    def spread(self, stacks: Iterable[Stack]) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """Yield parameter, key and tensor of a state that all ranks hold a share of.
+
+        What one rank holds becomes a tensor that is sharded over all of them, so that
+        checkpoints know nothing of owners. All ranks must call it.
+        """
+        owned = [
+            (stack.units[0].owner or 0, entry)
+            for stack in stacks
+            for entry in stack.entries()
+            if not (entry[3] and (entry[1] == "step" or is_dtensor(entry[2])))
+        ]
+        matrices = [(o, e) for o, e in owned if e[1] != "skipped"]
+        shards = self.exchange.shared(
+            [(owner, tensor, held) for owner, (_, _, tensor, held) in matrices]
+        )
+        for (_, (p, key, _, _)), shard in zip(matrices, shards, strict=True):
+            yield p, key, shard
+        counters = [e for _, e in owned if e[1] == "skipped"]
+        counts = self.exchange.summed(
+            [int(t) if held else 0 for _, _, t, held in counters]
+        )
+        for (p, key, tensor, _), count in zip(counters, counts, strict=True):
+            yield p, key, torch.tensor(count, dtype=tensor.dtype, device=tensor.device)
+
+    def collect(
+        self, unit: Unit, saved: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """Return what this rank holds of the saved tensors of a unit.
+
+        All ranks must call it, for the same units in the same order.
+        """
+        mine: dict[Tensor, dict[str, Tensor]] = {}
+        for p in unit.params:
+            mine[p] = {}
+            for key in sorted(saved[p]):
+                tensor = saved[p][key]
+                if key == "momentum_buffer" and is_dtensor(p):
+                    mine[p][key] = tensor
+                    continue
+                tensor = whole(tensor)
+                if key == "step" or unit.owner == self.rank:
+                    mine[p][key] = tensor
+        return mine
