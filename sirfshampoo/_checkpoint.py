@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sirfshampoo._config import (
@@ -19,12 +20,25 @@ Group = Mapping[str, Any]
 
 
 def without_code(group: Group) -> dict[str, Any]:
-    """Return a parameter group less the options that are code, not numbers."""
-    return {
-        key: value
+    """Return a parameter group as plain values.
+
+    None stands for options that are code: torch.distributed.checkpoint looks for every
+    key of the group. Types go by name, because it refuses them.
+    """
+    plain = {
+        key: None if key == "combine_params" or callable(value) else value
         for key, value in group.items()
-        if key != "combine_params" and not (key == "T" and callable(value))
     }
+    types = group["preconditioner_dtypes"]
+    plain["preconditioner_dtypes"] = tuple(str(t).removeprefix("torch.") for t in types)
+    return plain
+
+
+def _with_types(group: Group) -> dict[str, Any]:
+    """Return a saved group in which types are no names."""
+    types = group["preconditioner_dtypes"]
+    found = [getattr(torch, t, t) if isinstance(t, str) else t for t in types]
+    return {**group, "preconditioner_dtypes": tuple(found)}
 
 
 def with_code(saved: Group, present: Group) -> dict[str, Any]:
@@ -35,7 +49,10 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     """
     code = {key: present[key] for key in ("params", "combine_params")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
-    return {**code, **absent, **deepcopy(dict(saved)), **code}
+    known = {key: value for key, value in saved.items() if key not in code}
+    if known.get("T", 0) is None:
+        del known["T"]
+    return {**code, **absent, **_with_types(deepcopy(known))}
 
 
 def check_fit(
@@ -71,16 +88,25 @@ def check_fit(
         _check_group(f"group {i}", saved, present)
         for key, p in zip(saved["params"], present["params"], strict=True):
             entries = dict(state_dict["state"].get(key, {}))
+            if not entries and not p.requires_grad:
+                continue  # torch.distributed.checkpoint leaves out what is frozen
             _check_entries(f"parameter {key}", entries, p, state[p])
             by_parameter[p] = entries
 
-    steps = {int(e["step"]) for e in by_parameter.values() if "step" in e}
+    # of what is frozen, torch.distributed.checkpoint may leave the present state
+    trained = [e for p, e in by_parameter.items() if p.requires_grad]
+    told = [e for e in trained or by_parameter.values() if "step" in e]
+    steps = {int(e["step"]) for e in told}
     steps |= {state_dict["global_step"]} if "global_step" in state_dict else set()
     if len(steps) > 1 or any(not isinstance(s, int) or s < 0 for s in steps):
         raise ValueError(
             f"Argument 'state_dict' must hold one global step >= 0, got {steps}."
         )
-    return by_parameter, next(iter(steps), None)
+    step = next(iter(steps), None)
+    for entries in by_parameter.values():
+        if "step" in entries and step is not None:
+            entries["step"] = torch.full_like(entries["step"], step)
+    return by_parameter, step
 
 
 def _check_group(owner: str, saved: Group, present: Group) -> None:
@@ -101,7 +127,9 @@ def _check_group(owner: str, saved: Group, present: Group) -> None:
             f"Argument 'state_dict' must have the structures {present['structures']} "
             f"in {owner}, got {saved['structures']!r}."
         )
-    given = without_code(saved)
+    saved = _with_types(saved)
+    given = {key: value for key, value in saved.items() if value is not None}
+    given.pop("combine_params", None)
     given["alpha1"] = given.pop(CYCLED_MOMENTUM, given["alpha1"])
     check_options(given)
     ndim = len(present["structures"])

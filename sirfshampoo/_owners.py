@@ -285,6 +285,8 @@ class Owners:
         """
         mine: dict[Tensor, dict[str, Tensor]] = {}
         for p in unit.params:
+            if p not in saved:
+                continue
             mine[p] = {}
             for key in sorted(saved[p]):
                 tensor = saved[p][key]

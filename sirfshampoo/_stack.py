@@ -123,18 +123,7 @@ class Stack:
             ]
         self.V = None
         if has_V:
-            self.V = [
-                # one parameter keeps its memory format
-                torch.zeros_like(local(p.detach())).unsqueeze(0)
-                if len(units) == 1
-                else torch.zeros(
-                    len(units), *local(p).shape, dtype=p.dtype, device=device
-                )
-                # the shards of a momentum lie with those of its parameter
-                if held or is_dtensor(p)
-                else torch.zeros(0, *p.shape, dtype=p.dtype, device=device)
-                for p in first.params
-            ]
+            self.V = [self._momentum(p) for p in first.params]
         self.step = torch.full((len(units),), step, dtype=torch.int64)
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -142,6 +131,15 @@ class Stack:
         self._elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
         self._products = KeptProducts(self.K, first.dims)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """Return a momentum of zeros for parameters like p, ``[rows, *shape]``."""
+        shard, rows = local(p.detach()), len(self.units)
+        if not self.held and not is_dtensor(p):
+            rows = 0  # shards of a momentum lie with those of its parameter
+        if rows == 1:  # one parameter keeps its memory format
+            return torch.zeros_like(shard).unsqueeze(0)
+        return shard.new_zeros(rows, *shard.shape)
 
     # ------------------------------------------------------------------------ state
 

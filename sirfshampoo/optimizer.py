@@ -505,8 +505,8 @@ class SIRFShampoo(Optimizer):
         Returns:
             ``'state'``, ``'param_groups'`` and the attributes in `STATE_ATTRIBUTES`:
             tensors and plain values only, so that ``torch.load(weights_only=True)``
-            reads it. Options that are code (``combine_params``, a callable ``T``) are
-            left out.
+            reads it. In place of options that are code (``combine_params``, a callable
+            ``T``) stands None.
         """
         stacks = self._current_stacks()  # a state put in by hand takes its place first
         state_dict = super().state_dict()

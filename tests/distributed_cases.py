@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -63,11 +69,11 @@ class Words(nn.Module):
 
 
 def batches(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
-    """Return the inputs and targets of each step, of all ranks."""
+    """Return inputs and targets of the first steps, of all ranks."""
     draw = torch.Generator().manual_seed(7)
-    words = torch.randint(9, (steps, ROWS, 3), generator=draw)
-    targets = torch.randn(steps, ROWS, 3, generator=draw, dtype=torch.float64)
-    return list(zip(words, 1 + targets, strict=True))
+    words = torch.randint(9, (STEPS, ROWS, 3), generator=draw)
+    targets = torch.randn(STEPS, ROWS, 3, generator=draw, dtype=torch.float64)
+    return list(zip(words, 1 + targets, strict=True))[:steps]
 
 
 def share(tensor: Tensor, parts: int = 1, part: int = 0) -> Tensor:
@@ -420,3 +426,109 @@ def told_by_diagnostics() -> None:
         assert told.keys() == wanted.keys()
         for key, value in wanted.items():
             assert abs(told[key] - value) <= 1e-9 * max(1.0, abs(value)), key
+
+
+# --- checkpoints ----------------------------------------------------------------------
+class WordsWithMore(Words):
+    """With a parameter that is frozen later, and one that never gets a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.randn(3))
+        self.unused = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Shift the output by the frozen parameter."""
+        return super().forward(words) + self.frozen
+
+
+def trained(way: str, owned: bool, options: str) -> tuple[nn.Module, SIRFShampoo]:
+    """Return a model of many ranks, or of one, and its optimizer."""
+    torch.manual_seed(1)
+    model = WordsWithMore().double()
+    make = maker(options)
+    if way == "alone":
+        optimizer = make(model, process_group=False)
+    elif way == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer = make(model, shard_preconditioners=owned)
+    else:
+        shard(model, meshes()[way])
+        optimizer = make(model, shard_preconditioners=owned)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith("frozen"))
+    return model, optimizer
+
+
+def resumed_equally(model: nn.Module, optimizer: SIRFShampoo, options: str) -> None:
+    """Train to the end and compare with a run of one process."""
+    assert optimizer.global_step == STEPS // 2
+    together(model, optimizer, start=STEPS // 2)
+    expected, twin = trained("alone", False, options)
+    for x, y in batches():
+        twin.zero_grad()
+        mean_loss(expected, x, y).backward()
+        twin.step()
+    for (name, p), (other, q) in zip(
+        model.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert name.removeprefix("module.") == other
+        assert (whole(p) - q).abs().max() <= 1e-10, name
+        # also of what rests
+        saved = {"step": optimizer.state[p]["step"]}
+        if "step" in twin.state[q]:
+            assert saved["step"] == twin.state[q]["step"]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sharded": {},
+    "flattened": {"flatten_optimizer_state_dict": True},
+    "sharded on the CPU": {"cpu_offload": True},
+    "full": {"full_state_dict": True},
+    "full on the CPU": {"full_state_dict": True, "cpu_offload": True},
+}
+
+
+def save(kind: str, way: str, owned: bool, options: str, folder: str) -> set[str]:
+    """Train half of the way and save; return the keys on this rank."""
+    model, optimizer = trained(way, owned, options)
+    together(model, optimizer, steps=STEPS // 2)
+    settings = StateDictOptions(**KINDS[kind])
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+    if kind.startswith("full"):
+        if dist.get_rank() == 0:
+            torch.save((of_model, of_optimizer), f"{folder}/full.pt")
+        dist.barrier()
+    else:
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    state = of_optimizer.get("state", of_optimizer)
+    return {
+        f"{name}.{key}"
+        for name, entries in state.items()
+        for key in (entries if isinstance(entries, dict) else [""])
+    }
+
+
+def resume(kind: str, way: str, owned: bool, options: str, folder: str) -> None:
+    """Go on from a checkpoint of any number of ranks."""
+    model, optimizer = trained(way, owned, options)
+    if kind.startswith("full"):
+        of_model, of_optimizer = {}, {}
+        if dist.get_rank() == 0:
+            path = f"{folder}/full.pt"
+            of_model, of_optimizer = torch.load(path, weights_only=True)
+        settings = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    else:
+        settings = StateDictOptions(**KINDS[kind])
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+        found = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(found, checkpoint_id=folder)
+        of_model, of_optimizer = found["model"], found["optimizer"]
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=of_model,
+        optim_state_dict=of_optimizer,
+        options=settings,
+    )
+    resumed_equally(model, optimizer, options)

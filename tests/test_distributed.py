@@ -1,11 +1,20 @@
 """Training on several ranks equals training in one process."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import distributed_cases as cases
 from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def one() -> Iterator[Ranks]:
+    """One rank."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +83,18 @@ def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None
 
 def test_strided_shards(four: Ranks) -> None:
     four.run(cases.strided_shards)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("way", ["ddp", "1-d"])
+def test_checkpoint(
+    two: Ranks, one: Ranks, tmp_path: Path, kind: str, owned: bool, way: str
+) -> None:
+    shared = {"kind": kind, "options": "T=3", "folder": str(tmp_path)}
+    keys = two.run(cases.save, way=way, owned=owned, **shared)
+    if "CPU" not in kind:  # there, one rank alone gets what is full
+        assert keys[0] == keys[1]
+    two.run(cases.resume, way=way, owned=owned, **shared)
+    two.run(cases.resume, way=way, owned=not owned, **shared)
+    one.run(cases.resume, way="alone", owned=False, **shared)

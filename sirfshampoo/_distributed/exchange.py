@@ -293,47 +293,48 @@ class Exchange:
     def shared(self, owned: Sequence[tuple[int, Tensor, bool]]) -> list[Tensor]:
         """Return tensors that one rank each holds, sharded along their first axes.
 
+        A tensor without axes comes whole.
+
         Args:
             owned: Owners, each with a tensor, and whether this rank holds it; if not,
                 there is one without rows, ``[0, *shape]``.
         """
-        from torch.distributed.tensor import DTensor, Shard
-
         send: list[list[Tensor]] = [[] for _ in range(self.size)]
         expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
-        shapes = []
-        for owner, tensor, held in owned:
-            shape = tensor.shape if held else tensor.shape[1:]
-            shapes.append(shape)
-            chunk = -(-shape[0] // self.size)
-            cuts = [min(r * chunk, shape[0]) for r in range(self.size + 1)]
+        shapes = [t.shape if held else t.shape[1:] for _, t, held in owned]
+        for (owner, tensor, held), shape in zip(owned, shapes, strict=True):
+            cuts = [_part(shape, rank, self.size) for rank in range(self.size)]
             if held:
                 for rank in range(self.size):
-                    send[rank].append(tensor[cuts[rank] : cuts[rank + 1]])
-            rows = cuts[self.rank + 1] - cuts[self.rank]
-            expect[owner].append((torch.Size((rows, *shape[1:])), tensor))
+                    send[rank].append(tensor[cuts[rank]] if shape else tensor)
+            part = cuts[self.rank]
+            length = (part.stop - part.start,) if shape else ()
+            expect[owner].append((torch.Size((*length, *shape[1:])), tensor))
         dtypes = _dtypes([(owner, [tensor]) for owner, tensor, _ in owned])
         arrive = self._all_to_all(send, expect, dtypes, "the state")
         pieces = [iter(of_owner) for of_owner in arrive()]
-        mesh = self._mesh_for(owned[0][1].device.type) if owned else None
         return [
-            DTensor.from_local(
-                next(pieces[owner]).clone(),
-                mesh,
-                [Shard(0)],
-                run_check=False,
-                shape=shape,
-                stride=torch.empty(shape, device="meta").stride(),
-            )
+            self._as_shard(next(pieces[owner]).clone(), shape)
             for (owner, _, _), shape in zip(owned, shapes, strict=True)
         ]
 
-    def _mesh_for(self, device: str) -> DeviceMesh:
+    def _as_shard(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """Return what a part along the first axis is part of."""
         from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
 
+        if not shape:
+            return part
         if self._mesh is None:
-            self._mesh = DeviceMesh.from_group(self.group, device)
-        return self._mesh
+            self._mesh = DeviceMesh.from_group(self.group, part.device.type)
+        return DTensor.from_local(
+            part,
+            self._mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
     def summed(self, numbers: Sequence[int]) -> list[int]:
         """Return the sums of integers over all ranks."""
@@ -355,6 +356,13 @@ def _only_group(group: Any) -> ProcessGroup:
         )
     found: ProcessGroup = groups_of(group)[0]
     return found
+
+
+def _part(shape: torch.Size, rank: int, size: int) -> slice:
+    """Return which part along the first axis a rank gets, as torch cuts it."""
+    length = shape[0] if shape else 0
+    chunk = -(-length // size)
+    return slice(min(rank * chunk, length), min((rank + 1) * chunk, length))
 
 
 def _shard_of_gradient(p: Tensor) -> Tensor:
