@@ -493,9 +493,10 @@ class SIRFShampoo(Optimizer):
             ``name/skipped``, the steps sat out because of a non-finite gradient. One
             wait for each device.
         """
-        return diagnostics(
+        told = diagnostics(
             self._current_stacks(), self.param_groups, self._unit_names()
         )
+        return told if self._owners is None else self._owners.exchange.joined(told)
 
     # ------------------------------------------------------------------- checkpoints
 

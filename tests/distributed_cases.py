@@ -1,5 +1,6 @@
 """What the distributed tests run on every rank: each compares with one process."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,12 +27,14 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.workloads import gpt
 from sirfshampoo import (
     FlattenEmbedding,
     LinearWeightBias,
     PerParameter,
     SIRFShampoo,
 )
+from sirfshampoo._owners import work_of
 from tests.cases import FAST, STRUCTURES, mixture
 
 STEPS = 10
@@ -308,13 +312,13 @@ def without_sync(model: nn.Module) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def accumulation(way: str, sync: bool, training: bool) -> None:
+def accumulation(way: str, sync: bool, training: bool, owned: bool = False) -> None:
     """Two micro-batches, the first of them with communication or without; clipped."""
     model, make = make_model(), maker("joined, T=2")
     expected = deepcopy(model)
     twin = make(expected, process_group=False)
     model = wrapped(way, model)
-    optimizer = make(model)
+    optimizer = make(model, shard_preconditioners=owned)
     model.train(training)  # training is possible in evaluation mode
     for x, y in batches():
         twin.zero_grad()
@@ -334,13 +338,13 @@ def accumulation(way: str, sync: bool, training: bool) -> None:
     assert_equal_parameters(model, expected)
 
 
-def grad_scaler(way: str) -> None:
+def grad_scaler(way: str, owned: bool = False) -> None:
     """One step overflows on one rank; all ranks skip it."""
     model, make = make_model(torch.float32), maker("dense")
     expected = deepcopy(model)
     twin = make(expected, process_group=False)
     model = wrapped(way, model)
-    optimizer = make(model)
+    optimizer = make(model, shard_preconditioners=owned)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for step, (x, y) in enumerate(batches()):
         if step != 3:
@@ -362,10 +366,10 @@ def grad_scaler(way: str) -> None:
     assert_equal_parameters(model, expected)
 
 
-def missing_on_one_rank(way: str) -> None:
+def missing_on_one_rank(way: str, owned: bool = False) -> None:
     """A gradient that one rank lacks: the unit rests on all, the others move."""
     model = wrapped(way, make_model())
-    optimizer = maker("joined")(model)
+    optimizer = maker("joined")(model, shard_preconditioners=owned)
     (x, y), *_ = batches()
     before = {name: whole(p).clone() for name, p in model.named_parameters()}
     optimizer.zero_grad()
@@ -413,14 +417,14 @@ def own_training() -> None:
     dist.barrier()
 
 
-def told_by_diagnostics() -> None:
+def told_by_diagnostics(owned: bool) -> None:
     """Diagnostics of shards are those of the whole."""
     for options in ("joined", "no momenta"):
         model, make = make_model(), maker(options)
         expected = deepcopy(model)
         twin = alone(expected, make, steps=2)
         shard(model, meshes()["1-d"])
-        optimizer = make(model)
+        optimizer = make(model, shard_preconditioners=owned)
         together(model, optimizer, steps=2)
         told, wanted = optimizer.diagnostics(), twin.diagnostics()
         assert told.keys() == wanted.keys()
@@ -524,11 +528,78 @@ def resume(kind: str, way: str, owned: bool, options: str, folder: str) -> None:
         found = {"model": of_model, "optimizer": of_optimizer}
         dcp.load(found, checkpoint_id=folder)
         of_model, of_optimizer = found["model"], found["optimizer"]
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=of_model,
-        optim_state_dict=of_optimizer,
-        options=settings,
-    )
+    set_model_state_dict(model, of_model, options=settings)
+    set_optimizer_state_dict(model, optimizer, of_optimizer, options=settings)
     resumed_equally(model, optimizer, options)
+
+
+# --- what goes wrong ------------------------------------------------------------------
+def non_finite(way: str, owned: bool) -> None:
+    """A unit whose gradient is not finite rests, with all of its state."""
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = wrapped(way, model)
+    optimizer = make(model, shard_preconditioners=owned)
+    for step, (x, y) in enumerate(batches()):
+        for net, made in ((expected, twin), (model, optimizer)):
+            made.zero_grad()
+            if net is expected:
+                mean_loss(net, x, y).backward()
+            else:
+                mean_loss(net, share(x), share(y), dist.get_world_size()).backward()
+            prefix = "module." if isinstance(net, DistributedDataParallel) else ""
+            sick = net.get_parameter(f"{prefix}first.weight").grad
+            if step in (2, 5):
+                # one number of one shard
+                shards = sick.to_local() if isinstance(sick, DTensor) else sick
+                if net is expected or way == "ddp" or dist.get_rank() == 0:
+                    shards[0, 0] = float("nan")
+            made.step()
+    assert_equal_parameters(model, expected)
+    entries = optimizer.state_dict()["state"]
+    assert sum(int(e["skipped"]) for e in entries.values() if "skipped" in e) == 2
+
+
+def balanced(layers: int) -> list[tuple[int, float]]:
+    """Return this rank's bytes of state and operations for equal blocks."""
+    shapes = gpt(layers=layers, width=32, vocabulary=20, context=8)
+    model = nn.ParameterDict({k: torch.zeros(s) for k, s in shapes.items()})
+    options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
+    optimizer = SIRFShampoo(model, **options, shard_preconditioners=True)
+    rank = dist.get_rank()
+    held = [u for u in optimizer._units if u.owner == rank]
+    found = sum(
+        t.numel() * t.element_size()
+        for entries in optimizer.state.values()
+        for key, t in entries.items()
+        if key not in ("step", "skipped")
+    )
+    work = sum(work_of(u, optimizer.param_groups[u.group]) for u in held)
+    return found, work
+
+
+def one_fails(where: str, how: str, pipe: Any) -> str:
+    """Train until the last rank fails; return what the others are told."""
+    model = DistributedDataParallel(make_model())
+    optimizer = maker("dense")(model, shard_preconditioners=True)
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def fail(*_: Any, **__: Any) -> None:
+        if how == "dies":
+            os._exit(1)
+        pipe.recv()  # until the test ends it
+
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        mean_loss(model, share(x), share(y)).backward()
+        if last and step == 2 and where == "before the step":
+            fail()
+        if last and step == 2 and where == "within the step":
+            optimizer._owners.exchange.broadcast = fail
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert step == 2
+            return str(error)
+    return "Nothing."

@@ -121,3 +121,42 @@ class Ranks:
             self.stop()  # they may wait for each other
             raise AssertionError(f"{len(failures)} ranks failed. {failures[0]}")
         return [what for _, what in told]
+
+
+def _run_once(
+    rank: int, world: int, store: str, timeout: float, case: Any, pipe: Connection
+) -> None:
+    join_ranks(rank, world, store, timeout)
+    pipe.send(case(pipe=pipe))
+    pipe.recv()  # until the others have seen what there is to see
+
+
+def until_one_fails(
+    case: Callable[..., str], world: int, timeout: float, end: float, folder: Path
+) -> tuple[list[str], float]:
+    """Run a case in which the last rank fails, on processes of its own.
+
+    Returns:
+        What the other ranks say, and after how many seconds they all did.
+
+    Raises:
+        AssertionError: If one of them says nothing until `end`.
+    """
+    ctx, pipes, processes = context(), [], []
+    for rank in range(world):
+        here, there = ctx.Pipe()
+        arguments = (rank, world, str(folder / "store"), timeout, case, there)
+        processes.append(ctx.Process(target=_run_once, args=arguments, daemon=True))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    start, told = monotonic(), []
+    try:
+        for pipe in pipes[:-1]:
+            assert pipe.poll(max(end - (monotonic() - start), 0)), "A rank hangs."
+            told.append(pipe.recv())
+        return told, monotonic() - start
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(TIMEOUT)

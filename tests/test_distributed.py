@@ -1,12 +1,13 @@
 """Training on several ranks equals training in one process."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests import distributed_cases as cases
-from tests.ranks import Ranks
+from tests.ranks import Ranks, until_one_fails
 
 
 @pytest.fixture(scope="session")
@@ -45,21 +46,66 @@ def test_fsdp(two: Ranks, options: str, owned: bool) -> None:
     two.run(cases.fsdp, options=options, owned=owned)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+OWNED = pytest.mark.parametrize("owned", [False, True])
+WAYS = pytest.mark.parametrize("way", ["ddp", "fsdp"])
+
+
+@WAYS
+@OWNED
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_accumulation(two: Ranks, way: str, sync: bool, training: bool) -> None:
-    two.run(cases.accumulation, way=way, sync=sync, training=training)
+def test_accumulation(
+    two: Ranks, way: str, owned: bool, sync: bool, training: bool
+) -> None:
+    two.run(cases.accumulation, way=way, owned=owned, sync=sync, training=training)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_grad_scaler(two: Ranks, way: str) -> None:
-    two.run(cases.grad_scaler, way=way)
+@WAYS
+@OWNED
+def test_grad_scaler(two: Ranks, way: str, owned: bool) -> None:
+    two.run(cases.grad_scaler, way=way, owned=owned)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_gradient_missing_on_one_rank(two: Ranks, way: str) -> None:
-    two.run(cases.missing_on_one_rank, way=way)
+@WAYS
+@OWNED
+def test_gradient_missing_on_one_rank(two: Ranks, way: str, owned: bool) -> None:
+    two.run(cases.missing_on_one_rank, way=way, owned=owned)
+
+
+@WAYS
+@OWNED
+def test_gradient_that_is_not_finite(two: Ranks, way: str, owned: bool) -> None:
+    two.run(cases.non_finite, way=way, owned=owned)
+
+
+@OWNED
+def test_diagnostics(two: Ranks, owned: bool) -> None:
+    two.run(cases.told_by_diagnostics, owned=owned)
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+def test_memory_and_work_are_balanced(two: Ranks, four: Ranks, layers: int) -> None:
+    for ranks in (two, four):
+        found = ranks.run(cases.balanced, layers=layers)
+        for of_rank in zip(*found, strict=True):
+            assert max(of_rank) <= 1.25 * sum(of_rank) / ranks.world
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize(
+    ("where", "awaited"),
+    [
+        ("before the step", "gradients"),
+        ("within the step", "parameters"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(
+    tmp_path: Path, where: str, awaited: str, how: str
+) -> None:
+    case = partial(cases.one_fails, where, how)
+    told, seconds = until_one_fails(case, 2, 4.0, 60.0, tmp_path)
+    assert all("awaited" in text and awaited in text for text in told), told
+    assert seconds < 60
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -67,9 +113,7 @@ def test_model_built_on_meta(two: Ranks, before: bool) -> None:
     two.run(cases.built_on_meta, before=before)
 
 
-@pytest.mark.parametrize(
-    "case", [cases.plain_and_distributed, cases.own_training, cases.told_by_diagnostics]
-)
+@pytest.mark.parametrize("case", [cases.plain_and_distributed, cases.own_training])
 def test_case(two: Ranks, case: Callable[[], None]) -> None:
     two.run(case)
 

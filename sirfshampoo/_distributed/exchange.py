@@ -336,6 +336,13 @@ class Exchange:
             stride=torch.empty(shape, device="meta").stride(),
         )
 
+    def joined(self, told: dict[str, float]) -> dict[str, float]:
+        """Return what all ranks tell, each of what it owns."""
+        of_rank: list[Any] = [None] * self.size
+        with awaiting("diagnostics"):
+            dist.all_gather_object(of_rank, told, self.group)
+        return {key: value for told in of_rank for key, value in told.items()}
+
     def summed(self, numbers: Sequence[int]) -> list[int]:
         """Return the sums of integers over all ranks."""
         with awaiting("the state"):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sirfshampoo._distributed.groups import awaiting
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
     from typing_extensions import TypeIs
@@ -91,14 +93,16 @@ def whole_rows(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
         for t in tensors
     ]
     rows = shards[0].unsqueeze(0) if len(shards) == 1 else torch.stack(shards)
-    return like.from_local(
+    stack = like.from_local(
         rows,
         mesh,
         _behind_rows(like.placements),
         run_check=False,
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
-    ).full_tensor()
+    )
+    with awaiting("shards of tensors"):
+        return stack.full_tensor()
 
 
 def whole(tensor: Tensor) -> Tensor:
