@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test test-all check check-all bench conformance soak report clean
+.PHONY: help setup demo lint test test-all check check-all bench bench-train conformance soak report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
@@ -49,6 +49,9 @@ check-all: lint test-all ## what CI runs: lint, then test-all
 
 bench: setup ## time step() beside AdamW, Muon, SOAP, ... (under 10 minutes)
 	@$(RUN) -m benchmarks.step $(ARGS)
+
+bench-train: setup ## train beside AdamW, Muon, SOAP, ... (hours, goes on where it stopped; ARGS=--quick)
+	@$(RUN) -m benchmarks.train $(ARGS)
 
 conformance: setup ## measure every line of the compatibility table
 	@$(RUN) -m tests.conformance $(ARGS)

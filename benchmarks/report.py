@@ -1,14 +1,26 @@
-"""Writes the measured tables into the README: `python -m benchmarks.report`."""
+"""Writes the measured tables into the texts: `python -m benchmarks.report`."""
 
 import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks import results, tables
 from benchmarks.environment import ROOT
+from benchmarks.training import pictures
+from benchmarks.training import tables as training
+from benchmarks.training.tasks import TASKS
+
+
+class Markdown(Protocol):
+    """What can be written into a text."""
+
+    def markdown(self) -> str:
+        """Return it in Markdown."""
+        ...
+
 
 TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "step": tables.step,
@@ -18,18 +30,30 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "machine": tables.machine,
     "conformance": tables.conformance,
     "soak": tables.soak,
+    "training": training.task,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
 
 A second word names another result file: `<!-- table: step mlp100 -->`.
 """
 
+OVERVIEWS: dict[str, Callable[[Sequence[dict[str, Any]]], Markdown]] = {
+    "tasks": training.Sections,
+    "test_losses": training.all_tasks,
+    "training_losses": training.all_training,
+    "time_to_adamw": training.time_to_adamw,
+    "factors": training.factors,
+    "spaces": training.spaces,
+}
+"""Tables of all training tasks; a second word names another folder than `train`."""
+
 MARKER = re.compile(
-    r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w.-]+))? -->\n)"
+    r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w./-]+))? -->\n)"
     r".*?(?P<close><!-- end -->)",
     re.DOTALL,
 )
 DEFAULT_NAME = "gpt256"
+TEXTS = (ROOT / "README.md", ROOT / "benchmarks" / "TRAINING.md")
 OWN_NAMES = ("conformance", "scaling")
 """Tables whose results stand in a file of their own name."""
 
@@ -56,16 +80,34 @@ def render(text: str, folder: Path) -> tuple[str, int]:
     """
 
     def fill(match: re.Match[str]) -> str:
-        if match["table"] not in TABLES:
+        grid: Markdown
+        if match["table"] in OVERVIEWS:
+            found = trained(folder / (match["name"] or "train"))
+            grid = OVERVIEWS[match["table"]](found)
+        elif match["table"] in TABLES:
+            path = folder / f"{result_name(match)}.json"
+            grid = TABLES[match["table"]](results.load(path))
+        else:
             raise ValueError(
-                f"The README asks for table {match['table']!r}; "
-                f"there are {', '.join(TABLES)}."
+                f"The text asks for table {match['table']!r}; "
+                f"there are {', '.join([*TABLES, *OVERVIEWS])}."
             )
-        path = folder / f"{result_name(match)}.json"
-        grid = TABLES[match["table"]](results.load(path))
         return f"{match['open']}{grid.markdown()}\n{match['close']}"
 
     return MARKER.subn(fill, text)
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """Load the training results of a folder, in the order of the tasks.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    paths = {path.stem: path for path in folder.glob("*.json")}
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no results.")
+    # Runs of another length or batch size have names of their own, and no column.
+    return [results.load(paths[name]) for name in TASKS if name in paths]
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
@@ -106,38 +148,46 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the README, or with `--check` say whether that would change it."""
+    """Rewrite the texts, or with `--check` say whether that would change them."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=main.__doc__
     )
     add = parser.add_argument
     add("--check", action="store_true", help="change nothing; 1 if something would")
-    add("--readme", type=Path, default=ROOT / "README.md", help="the text to fill")
+    add("--readme", type=Path, nargs="+", default=TEXTS, help="the texts to fill")
     add("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
     args = parser.parse_args(argv)
-
-    old = args.readme.read_text(encoding="utf-8")
-    try:
-        new, places = render(old, args.results)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{args.readme.name}: {error}")
-        return 1
-    if not places:
-        print(f"{args.readme.name} has no marker such as <!-- table: step -->.")
-        return 1
-    if args.check:
-        print(f"{args.readme.name} {'agrees with' if new == old else 'is not'} results")
-        return int(new != old)
-    args.readme.write_text(new, encoding="utf-8")
-    print(
-        f"{args.readme.name}: {places} tables, {'changed' if new != old else 'same'}."
-    )
+    problems = [fill(path, args.results, args.check) for path in args.readme]
+    if any(problems) or args.check:
+        return int(any(problems))
     for path in sorted(args.results.glob("*.json")):
         result = results.load(path)
         if "contestants" in result:
             picture(result, path.with_suffix(".png"))
             print(f"Drew {path.with_suffix('.png').name}.")
+    for path in sorted(args.results.glob("train/*.json")):
+        pictures.draw(results.load(path), path.with_suffix(".png"))
+        print(f"Drew train/{path.with_suffix('.png').name}.")
     return 0
+
+
+def fill(text: Path, folder: Path, check: bool) -> bool:
+    """Rewrite one text, unless it is only checked; return whether that is a problem."""
+    old = text.read_text(encoding="utf-8")
+    try:
+        new, places = render(old, folder)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{text.name}: {error}")
+        return True
+    if not places:
+        print(f"{text.name} has no marker such as <!-- table: step -->.")
+        return True
+    if check:
+        print(f"{text.name} {'agrees with' if new == old else 'is not'} results")
+        return new != old
+    text.write_text(new, encoding="utf-8")
+    print(f"{text.name}: {places} tables, {'changed' if new != old else 'same'}.")
+    return False
 
 
 if __name__ == "__main__":

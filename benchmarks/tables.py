@@ -206,7 +206,7 @@ def scaling(result: dict[str, Any]) -> Grid:
             )
         lines.append(cells)
     notes = [
-        f"{_where(result['environment'])} Square linear layers with biases: their "
+        f"{where(result['environment'])} Square linear layers with biases: their "
         "number grows at width 64, the width of four of them. Exponent: slope of log "
         f"time over log size, by least squares; medians over {result['rounds']} rounds."
     ]
@@ -260,7 +260,7 @@ def environment_line(result: dict[str, Any]) -> str:
     """Say in one line where, when and on what the step was measured."""
     rounds = len(result["contestants"][0]["rounds"])
     return (
-        f"{_where(result['environment'])} Workload {result['workload']}: "
+        f"{where(result['environment'])} Workload {result['workload']}: "
         f"{result['parameters']} parameters, {result['numbers']:,} numbers in float32; "
         "the type named is that of the factors. T = 1 unless said; else the mean over "
         f"whole periods. Medians over {rounds} rounds (quartiles), AdamW timed in the "
@@ -268,7 +268,7 @@ def environment_line(result: dict[str, Any]) -> str:
     )
 
 
-def _where(env: dict[str, Any]) -> str:
+def where(env: dict[str, Any]) -> str:
     """Say when, on what and with what a measurement was taken."""
     commit = f" at commit {env['commit']}" if env["commit"] else ""
     machine = env["cpu"]
@@ -305,7 +305,7 @@ def soak(result: dict[str, Any]) -> Grid:
         )
     samples = len(runs[0]["loss"])
     notes = [
-        f"{_where(result['environment'])} {runs[0]['steps']:,} steps each at a "
+        f"{where(result['environment'])} {runs[0]['steps']:,} steps each at a "
         f"constant learning rate, on a net of {result['parameters']:,} numbers in "
         f"float32 and fresh noisy examples; each run was looked at {samples} times, "
         f"losses are means over the steps between. Memory (resident) and tensors: "

@@ -14,6 +14,7 @@ from sirfshampoo._config import (
     OPTIONS,
     check_options,
     dtypes_of_axes,
+    plain_numbers,
 )
 
 Group = Mapping[str, Any]
@@ -23,11 +24,12 @@ def without_code(group: Group) -> dict[str, Any]:
     """Return a parameter group as plain values.
 
     None stands for options that are code: torch.distributed.checkpoint looks for every
-    key of the group. Types go by name, because it refuses them.
+    key of the group. Types go by name, because it refuses them;
+    a learning rate that is a tensor, as a number.
     """
     plain = {
         key: None if key == "combine_params" or callable(value) else value
-        for key, value in group.items()
+        for key, value in {**group, **plain_numbers(group)}.items()
     }
     types = group["preconditioner_dtypes"]
     plain["preconditioner_dtypes"] = tuple(str(t).removeprefix("torch.") for t in types)
@@ -45,14 +47,18 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     """Return a copy of a saved group with the present one's parameters and code.
 
     What a saved group may lack is taken from the present one: a callable ``T`` and
-    the names of parameters.
+    the names of parameters. A learning rate that is a tensor stays the same tensor.
     """
     code = {key: present[key] for key in ("params", "combine_params")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
     known = {key: value for key, value in saved.items() if key not in code}
     if known.get("T", 0) is None:
         del known["T"]
-    return {**code, **absent, **_with_types(deepcopy(known))}
+    known = {**_with_types(deepcopy(known)), **plain_numbers(saved)}
+    loaded = {**code, **absent, **known}
+    if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks for it
+        loaded["lr"] = present["lr"].fill_(loaded["lr"])
+    return loaded
 
 
 def check_fit(
@@ -102,11 +108,7 @@ def check_fit(
         raise ValueError(
             f"Argument 'state_dict' must hold one global step >= 0, got {steps}."
         )
-    step = next(iter(steps), None)
-    for entries in by_parameter.values():
-        if "step" in entries and step is not None:
-            entries["step"] = torch.full_like(entries["step"], step)
-    return by_parameter, step
+    return by_parameter, next(iter(steps), None)
 
 
 def _check_group(owner: str, saved: Group, present: Group) -> None:

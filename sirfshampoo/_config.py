@@ -130,6 +130,28 @@ OPTIONS = tuple(_CHECKS)
 CYCLED_MOMENTUM = "momentum"
 
 
+#: The options that are numbers; of these, the learning rate may stay a tensor.
+_NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
+
+
+def own_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of a group's numbers that are tensors, for a group of its own.
+
+    A scheduler writes into ``lr``, which hence stays a tensor; others become numbers,
+    since a step cannot read them without waiting for their device.
+    """
+    numbers = plain_numbers(group)
+    if "lr" in numbers:
+        numbers["lr"] = group["lr"].detach().clone().reshape(())
+    return numbers
+
+
+def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a group's numbers that are tensors as numbers."""
+    tensors = {n: group[n] for n in _NUMBERS if isinstance(group.get(n), Tensor)}
+    return {name: tensor.item() for name, tensor in tensors.items()}
+
+
 def adopt_cycled_momentum(group: dict[str, Any]) -> None:
     """Set a group's ``alpha1`` to what a scheduler has put beside it."""
     if CYCLED_MOMENTUM in group:
@@ -200,6 +222,12 @@ def check_batch_size(batch_size: Any, model: Any) -> None:
             "place of 'model': there are no forward passes to count examples in. Got "
             f"{batch_size!r}."
         )
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Check an option that is on or off."""
+    if not isinstance(value, bool):
+        raise ValueError(f"Argument '{argument}' must be True or False, got {value!r}.")
 
 
 def check_rule(rule: PreconditionerGroup) -> None:

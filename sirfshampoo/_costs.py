@@ -27,6 +27,12 @@ def interval_of(group: Mapping[str, Any]) -> int:
     return _GUESSED_INTERVAL if callable(T) else int(T)
 
 
+def period_of(group: Mapping[str, Any]) -> int:
+    """Return in how many steps the factors of a group are updated at most once."""
+    T = group["T"]
+    return 1 if callable(T) else int(T)
+
+
 @cache
 def _squares(structure: type[StructuredMatrix]) -> bool:
     """Return whether K Kᵀ has the structure of K."""

@@ -112,6 +112,15 @@ def warn_of_missing_gradients(
         )
 
 
+def warn_of_callable_interval(names: Sequence[str]) -> None:
+    """Warn that `spread_updates` does nothing for parameters."""
+    warnings.warn(
+        "spread_updates=True has no effect on groups with a callable 'T', which says "
+        f"itself when to update: {list(names)}. Use an integer to have them spread.",
+        stacklevel=_TO_USER,
+    )
+
+
 def warn_of_non_finite_gradients(
     units: Sequence[Unit], names: Sequence[Sequence[str]]
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Size
 
@@ -11,11 +12,19 @@ from sirfshampoo._update import Preconditioner
 from sirfshampoo.structures import StructuredMatrix
 
 
+class Preparation(NamedTuple):
+    """How the factors of a run of rows are brought into the form for gradients."""
+
+    form: list[bool]  # for each axis, whether K Kᵀ costs less than what it saves
+    fresh: tuple[slice, ...] | None  # the rows to be made anew; None: nothing is kept
+
+
 class KeptProducts:
     """Brings the factors of a stack into the form that multiplies gradients.
 
     Where the factors stay for several steps, that form is kept, and made anew for the
-    rows whose factors have changed.
+    rows whose factors have changed. It stays at its place in memory, where a captured
+    CUDA graph looks for it.
     """
 
     def __init__(self, K: Sequence[StructuredMatrix], dims: Size) -> None:
@@ -36,35 +45,62 @@ class KeptProducts:
         return sum(t._version for K_n in self._K for t in K_n.tensors())
 
     def look_for_writes(self) -> None:
-        """Take all rows as changed if someone else has written into the factors."""
-        if self._version != self._present_version():
-            self.mark(slice(0, self._rows))
+        """Take all rows as changed if someone else has written into the factors.
 
-    def mark(self, rows: slice) -> None:
-        """Take the factors of these rows as changed."""
-        self._outdated.update(range(rows.start, rows.stop))
+        So it is after a step that failed, too: call `note_writes` after each.
+        """
+        if self._version != self._present_version():
+            self._outdated.update(range(self._rows))
+        self._version = -1
+
+    def note_writes(self) -> None:
+        """Take what has been written into the factors as known."""
         self._version = self._present_version()
 
-    def get(self, rows: slice, interval: int) -> list[Preconditioner]:
-        """Return the form for a run of rows.
+    def for_once(self) -> Preparation:
+        """Return how rows are to be prepared where nothing is kept."""
+        return Preparation(self._squared(1), None)
+
+    def plan(self, rows: slice, interval: int, *, due: bool) -> Preparation:
+        """Return how a run of rows is to be prepared in this step.
+
+        Here all is decided; `get` only computes.
 
         Args:
             rows: The rows.
             interval: For how many steps the factors are expected to stay.
+            due: Whether their factors are about to change.
         """
+        numbers = set(range(rows.start, rows.stop))
+        if due:
+            self._outdated |= numbers
         if interval == 1:
-            return self._prepare(rows, self._squared(1))
-        changed = self._outdated & set(range(rows.start, rows.stop))
-        if self._kept is None or (rows.stop - rows.start == self._rows and changed):
-            self._kept = None  # its memory is free before the next is made
-            everything = slice(0, self._rows)
-            self._kept = self._prepare(everything, self._squared(interval))
-            self._outdated.clear()
-        elif changed:
-            fresh = self._prepare(rows, [kept.squared for kept in self._kept])
-            for kept, new in zip(self._kept, fresh, strict=True):
-                kept[rows].copy_(new)
-            self._outdated -= changed
+            return self.for_once()
+        form = self._squared(interval)
+        if self._kept is None or (
+            # T has changed
+            len(self._outdated) == self._rows
+            and form != [kept.squared for kept in self._kept]
+        ):
+            self._kept = None  # its memory is free before the next is taken
+            self._kept = [
+                Preconditioner.allocate(K_n, squared=pays)
+                for K_n, pays in zip(self._K, form, strict=True)
+            ]
+            self._outdated.update(range(self._rows))
+        fresh = tuple(_runs(self._outdated & numbers))
+        self._outdated -= numbers
+        return Preparation(form, fresh)
+
+    def get(self, rows: slice, preparation: Preparation) -> list[Preconditioner]:
+        """Return the form for a run of rows, prepared as planned."""
+        if preparation.fresh is None or self._kept is None:
+            return self._prepare(rows, preparation.form)
+        for run in preparation.fresh:
+            for K_n, kept in zip(self._K, self._kept, strict=True):
+                if kept.is_copy:  # axis by axis: little memory is needed beside it
+                    fresh = Preconditioner.prepare(K_n[run], squared=kept.squared)
+                    kept[run].copy_(fresh)
         return [kept[rows] for kept in self._kept]
 
     def _squared(self, interval: int) -> list[bool]:
@@ -81,3 +117,12 @@ class KeptProducts:
             Preconditioner.prepare(K_n if whole else K_n[rows], squared=pays)
             for K_n, pays in zip(self._K, squared, strict=True)
         ]
+
+
+def _runs(numbers: set[int]) -> Iterator[slice]:
+    """Yield the runs of neighbouring numbers."""
+    for start in sorted(numbers - {i + 1 for i in numbers}):
+        stop = start
+        while stop in numbers:
+            stop += 1
+        yield slice(start, stop)

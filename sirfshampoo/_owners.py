@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sirfshampoo._costs import cost_of, interval_of
 from sirfshampoo._distributed import Exchange, is_dtensor, whole
-from sirfshampoo._stack import Settings, Stack
+from sirfshampoo._stack import Stack, Task
 from sirfshampoo._units import Unit, joined, stacked
 from sirfshampoo._update import Workspace, unless_all
+from sirfshampoo.structures.base import per_matrix
 
 Group = Mapping[str, Any]
 
@@ -52,23 +53,17 @@ def shared_out(
     return owners
 
 
-@dataclass
-class _Run:
-    """Neighbouring rows of a stack that are treated alike in a round."""
+def _params(task: Task, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield the position and the parameters of all rows there."""
+    units = task.stack.units[task.rows]
+    for j, first in enumerate(units[0].params):
+        if is_dtensor(first) == distributed:
+            yield j, [unit.params[j] for unit in units]
 
-    stack: Stack
-    rows: slice
-    settings: Settings
 
-    def __post_init__(self) -> None:
-        self.units = self.stack.units[self.rows]
-        self.owner = self.units[0].owner or 0
-
-    def params(self, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield the position and the parameters of all rows there."""
-        for j, first in enumerate(self.units[0].params):
-            if is_dtensor(first) == distributed:
-                yield j, [unit.params[j] for unit in self.units]
+def _owner(stack: Stack) -> int:
+    """Return who owns a stack."""
+    return stack.units[0].owner or 0
 
 
 class Owners:
@@ -116,115 +111,58 @@ class Owners:
 
     # ------------------------------------------------------------------------- step
 
-    def take_step(
-        self,
-        stacks: Iterable[Stack],
-        settings: Sequence[Settings | None],
-        batch_size: int,
-        workspace: Workspace,
+    def take_steps(
+        self, tasks: Sequence[Task], batch_size: int, workspace: Workspace
     ) -> None:
-        """Take a step of all ranks.
+        """Do what is planned, of all ranks.
 
         Args:
-            stacks: The stacks of all owners.
-            settings: The settings of each parameter group; None: the unit rests.
+            tasks: What a step does with the stacks of all owners.
             batch_size: The number of examples that the gradients average over.
             workspace: Memory for what is needed within the call.
         """
-        rounds = [
-            [_Run(stack, *run) for stack in of_round for run in stack.runs(settings)]
-            for of_round in self._rounds(stacks)
-        ]
+        rounds = _rounds(tasks)
         arriving = self._send_gradients(rounds[0]) if rounds else None
         finish: Callable[[], None] | None = None
-        for i, runs in enumerate(rounds):
+        for i, of_round in enumerate(rounds):
             gradients = iter(arriving() if arriving else [])
             arriving = None
             if i + 1 < len(rounds):
                 arriving = self._send_gradients(rounds[i + 1])
             mine: list[Tensor] = []
-            for run in runs:
-                if run.owner == self.rank:
-                    mine += self._learn(run, gradients, batch_size, workspace)
-            sent = self._send_results(runs, mine)
+            for task in of_round:
+                if task.stack.held:
+                    mine += _learn(task, gradients, batch_size, workspace)
+            sent = self._send_results(of_round, mine)
             if finish is not None:
                 finish()
             finish = sent
         if finish is not None:
             finish()
 
-    def _rounds(self, stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
-        """Yield one stack of each owner at a time, the largest first."""
-        of_owner: dict[int, list[Stack]] = defaultdict(list)
-        for stack in stacks:
-            of_owner[stack.units[0].owner or 0].append(stack)
-
-        def size(stack: Stack) -> int:
-            return len(stack.units) * stack.units[0].dims.numel()
-
-        ordered = [sorted(s, key=size, reverse=True) for s in of_owner.values()]
-        for of_round in zip_longest(*ordered):
-            yield [stack for stack in of_round if stack is not None]
-
-    def _send_gradients(self, runs: Sequence[_Run]) -> Callable[[], list[Tensor]]:
+    def _send_gradients(self, tasks: Sequence[Task]) -> Callable[[], list[Tensor]]:
         """Bring shards of gradients together; return what waits for those it owns.
 
-        These are whole gradients, ``[rows, *shape]``, in the order of runs and of
+        These are whole gradients, ``[rows, *shape]``, in the order of tasks and of
         parameters in their units.
         """
-        wanted = [
-            (run.owner, params)
-            for run in runs
-            for _, params in run.params(distributed=True)
-        ]
-        return self.exchange.to_owners(wanted)
-
-    def _learn(
-        self,
-        run: _Run,
-        gradients: Iterator[Tensor],
-        batch_size: int,
-        workspace: Workspace,
-    ) -> list[Tensor]:
-        """Learn the factors of a run; move what is whole, return what is not."""
-        wholes = [
-            next(gradients)
-            if is_dtensor(first)
-            else stacked([unit.params[j].grad for unit in run.units])  # type: ignore[misc]
-            for j, first in enumerate(run.units[0].params)
-        ]
-        G = joined(run.units, wholes)
-        learn = run.stack.learn
-        U, moves = learn(run.rows, run.settings, G, batch_size, workspace)
-        for j, _ in run.params(distributed=False):
-            run.stack.descend(run.rows, run.settings, j, U[j], moves)
-        results = [U[j] for j, _ in run.params(distributed=True)]
-        if moves is not None:  # where shards are, this tells to rest
-            for U_j in results:
-                rests = (~moves).reshape(-1, *(1,) * (U_j.ndim - 1))
-                U_j.masked_fill_(rests, float("nan"))
-        return results
+        return self.exchange.to_owners(_sharded(tasks))
 
     def _send_results(
-        self, runs: Sequence[_Run], mine: list[Tensor]
+        self, tasks: Sequence[Task], mine: list[Tensor]
     ) -> Callable[[], None]:
         """Send what was computed to all ranks; return what waits and takes it over.
 
         Args:
-            runs: The runs of the round.
+            tasks: The tasks of the round.
             mine: The pre-conditioned gradients of sharded parameters that this rank
                 owns, ``[rows, *shape]``.
         """
-        wanted = [
-            (run.owner, params)
-            for run in runs
-            for _, params in run.params(distributed=True)
-        ]
-        shards = self.exchange.from_owners(wanted, mine)
+        shards = self.exchange.from_owners(_sharded(tasks), mine)
         moved = [
-            (run.owner, p)
-            for run in runs
-            for _, params in run.params(distributed=False)
+            (_owner(task.stack), p)
+            for task in tasks
+            for _, params in _params(task, distributed=False)
             for p in params
         ]
         take_over = self.exchange.broadcast(moved)
@@ -232,11 +170,11 @@ class Owners:
         def finish() -> None:
             take_over()
             arrived = iter(shards())
-            for run in runs:
-                for j, _ in run.params(distributed=True):
+            for task in tasks:
+                for j, _ in _params(task, distributed=True):
                     U = next(arrived)
                     moves = unless_all(U.flatten(1).isfinite().all(1))
-                    run.stack.descend(run.rows, run.settings, j, U, moves)
+                    task.stack.descend(task, j, U, moves)
 
         return finish
 
@@ -258,7 +196,7 @@ class Owners:
         checkpoints know nothing of owners. All ranks must call it.
         """
         owned = [
-            (stack.units[0].owner or 0, entry)
+            (_owner(stack), entry)
             for stack in stacks
             for entry in stack.entries()
             if not (entry[3] and (entry[1] == "step" or is_dtensor(entry[2])))
@@ -297,3 +235,60 @@ class Owners:
                 if key == "step" or unit.owner == self.rank:
                     mine[p][key] = tensor
         return mine
+
+
+def _rounds(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Return rounds: what is done with one stack of each owner, the largest first."""
+    of_stack: dict[Stack, list[Task]] = defaultdict(list)
+    for task in tasks:
+        of_stack[task.stack].append(task)
+    of_owner: dict[int, list[Stack]] = defaultdict(list)
+    for stack in of_stack:
+        of_owner[_owner(stack)].append(stack)
+
+    def size(stack: Stack) -> int:
+        return len(stack.units) * stack.units[0].dims.numel()
+
+    ordered = [sorted(s, key=size, reverse=True) for s in of_owner.values()]
+    return [
+        [task for stack in of_round if stack is not None for task in of_stack[stack]]
+        for of_round in zip_longest(*ordered)
+    ]
+
+
+def _sharded(tasks: Iterable[Task]) -> list[tuple[int, list[Tensor]]]:
+    """Return owners, each with sharded parameters of equal shape."""
+    return [
+        (_owner(task.stack), params)
+        for task in tasks
+        for _, params in _params(task, distributed=True)
+    ]
+
+
+def _learn(
+    task: Task, gradients: Iterator[Tensor], batch_size: int, workspace: Workspace
+) -> list[Tensor]:
+    """Learn the factors of a run; move what is whole, return what is not.
+
+    Args:
+        task: What a step does with the run.
+        gradients: Yields the whole gradients of its sharded parameters, in turn.
+        batch_size: The number of examples that the gradients average over.
+        workspace: Memory for what is needed within the call.
+    """
+    units = task.stack.units[task.rows]
+    wholes = [
+        next(gradients)
+        if is_dtensor(first)
+        else stacked([unit.params[j].grad for unit in units])  # type: ignore[misc]
+        for j, first in enumerate(units[0].params)
+    ]
+    G = joined(units, wholes)
+    U, moves = task.stack.learn(task, G, batch_size, workspace)
+    for j, _ in _params(task, distributed=False):
+        task.stack.descend(task, j, U[j], moves)
+    results = [U[j] for j, _ in _params(task, distributed=True)]
+    if moves is not None:  # where shards are, this tells to rest
+        for U_j in results:
+            U_j.masked_fill_(per_matrix(~moves, U_j), float("nan"))
+    return results

@@ -19,7 +19,7 @@ from sirfshampoo._distributed import (
     placement,
     shard_rows,
 )
-from sirfshampoo._kept import KeptProducts
+from sirfshampoo._kept import KeptProducts, Preparation
 from sirfshampoo._units import Unit, joint_gradients, stacked
 from sirfshampoo._update import (
     Workspace,
@@ -46,7 +46,7 @@ _STACK_LIMIT_ELSEWHERE = 1 << 27
 class Settings(NamedTuple):
     """What the rows of one run have in common during a step."""
 
-    lr: float
+    lr: float | None  # None: each row has a tensor
     beta2: float
     alpha1: float
     alpha2: float
@@ -59,7 +59,7 @@ class Settings(NamedTuple):
     def of_group(cls, group: Mapping[str, Any], *, due: bool) -> Settings:
         """Read the settings of a parameter group."""
         return cls(
-            lr=float(group["lr"]),
+            lr=None if isinstance(group["lr"], Tensor) else float(group["lr"]),
             beta2=float(group["beta2"]),
             alpha1=float(group["alpha1"]),
             alpha2=float(group["alpha2"]),
@@ -68,6 +68,17 @@ class Settings(NamedTuple):
             due=due,
             interval=interval_of(group),
         )
+
+
+class Task(NamedTuple):
+    """A run of rows of a stack, and what a step does with it."""
+
+    stack: Stack
+    rows: slice
+    settings: Settings
+    products: Preparation
+    lrs: list[Tensor]  # of the rows, where learning rates are tensors
+    skipped: Tensor  # of the rows; Dynamo passes over calls that get no tensor
 
 
 class Stack:
@@ -224,24 +235,44 @@ class Stack:
                     yield slice(start, stop), current
                 start = stop
 
-    def take_step(
-        self, rows: slice, settings: Settings, batch_size: int, workspace: Workspace
-    ) -> None:
+    def plan(
+        self,
+        settings: Sequence[Settings | None],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> list[Task]:
+        """Return what a step does with the rows; all that is not arithmetic.
+
+        Args:
+            settings: The settings of each parameter group; None: the unit rests.
+            groups: The parameter groups.
+        """
+        self._products.look_for_writes()
+        tasks = []
+        for rows, shared in self.runs(settings):
+            interval = 1 if self._elementwise else shared.interval
+            products = self._products.for_once()
+            if self.held:
+                products = self._products.plan(rows, interval, due=shared.due)
+            lrs = []
+            if shared.lr is None:
+                lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
+            skipped = self.skipped[rows]
+            tasks.append(Task(self, rows, shared, products, lrs, skipped))
+        return tasks
+
+    def note_writes(self) -> None:
+        """Take what has been written into the factors as known."""
+        self._products.note_writes()
+
+    def take_step(self, task: Task, batch_size: int, workspace: Workspace) -> None:
         """Update factors (if due), momenta and parameters of a run of rows."""
-        units = self.units[rows]
-        G = joint_gradients(units)
-        U, moves = self.learn(rows, settings, G, batch_size, workspace)
+        units = self.units[task.rows]
+        U, moves = self.learn(task, joint_gradients(units), batch_size, workspace)
         for j, U_j in enumerate(U):
-            shards = shard_rows(U_j, units[0].params[j])
-            self.descend(rows, settings, j, shards, moves)
+            self.descend(task, j, shard_rows(U_j, units[0].params[j]), moves)
 
     def learn(
-        self,
-        rows: slice,
-        settings: Settings,
-        G: Tensor,
-        batch_size: int,
-        workspace: Workspace,
+        self, task: Task, G: Tensor, batch_size: int, workspace: Workspace
     ) -> tuple[list[Tensor], Tensor | None]:
         """Update the factors of a run of rows (if due) and pre-condition.
 
@@ -249,40 +280,39 @@ class Stack:
             The pre-conditioned gradients of each of a unit's parameters,
             ``[rows, *shape]``, and which rows may move (None: all).
         """
+        _, rows, settings, products, _, skipped = task
         moves = None
-        self._products.look_for_writes()
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
-            self._products.mark(rows)
-        U = self.precondition(rows, G, interval=settings.interval)
+        U = self.precondition(rows, G, products)
         # one entry that is not finite makes the sum so
         finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
         moves = unless_all(finite if moves is None else moves & finite)
         if moves is not None:
-            self.skipped[rows].add_(~moves)
+            skipped.add_(~moves)
         return _scattered(self.units[rows], U), moves
 
-    def descend(
-        self, rows: slice, settings: Settings, j: int, U: Tensor, moves: Tensor | None
-    ) -> None:
+    def descend(self, task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
         """Move the j-th parameters of a run of rows, and their momentum.
 
         Args:
-            rows: The rows.
-            settings: Their settings.
+            task: What a step does with them.
             j: The position of the parameters in their units.
             U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is
                 distributed the shards on this rank; overwritten.
             moves: Which rows move; None: all.
         """
+        lr: Any = task.settings.lr
+        if lr is None:
+            lr = stacked([rate.reshape(()).to(U.device) for rate in task.lrs])
         descend(
-            [local(unit.params[j]) for unit in self.units[rows]],
-            None if self.V is None else self.V[j][rows],
+            [local(unit.params[j]) for unit in self.units[task.rows]],
+            None if self.V is None else self.V[j][task.rows],
             U,
             moves=moves,
-            lr=settings.lr,
-            alpha1=settings.alpha1,
-            kappa=settings.kappa,
+            lr=lr,
+            alpha1=task.settings.alpha1,
+            kappa=task.settings.kappa,
         )
 
     def _update(
@@ -307,17 +337,21 @@ class Stack:
             lam=settings.lam,
         )
 
-    def precondition(self, rows: slice, G: Tensor, *, interval: int = 1) -> Tensor:
+    def precondition(
+        self, rows: slice, G: Tensor, preparation: Preparation | None = None
+    ) -> Tensor:
         """Return the pre-conditioned gradients ``[rows, *dims]`` of a run of rows.
 
         Args:
             rows: The rows.
             G: Their gradients.
-            interval: For how many steps the factors are expected to stay.
+            preparation: How the factors are prepared. Default: for this once.
         """
         if self._elementwise:
             return _elementwise.precondition(self._part(self.K, rows), G)  # type: ignore[arg-type]
-        return precondition(self._products.get(rows, interval), G)
+        if preparation is None:
+            preparation = self._products.for_once()
+        return precondition(self._products.get(rows, preparation), G)
 
     def _part(
         self, matrices: list[StructuredMatrix], rows: slice

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sirfshampoo._costs import COUNTER_BYTES, cost_of, momentum_bytes
+from sirfshampoo._costs import COUNTER_BYTES, cost_of, momentum_bytes, period_of
+from sirfshampoo._spread import costliest_step, spread
 from sirfshampoo._units import Unit
 
 if TYPE_CHECKING:
@@ -96,9 +97,15 @@ class Summary:
 
     Attributes:
         rows: One row for each pre-conditioner, in the order of the parameter groups.
+        peak_flops: About how many floating-point operations the costliest step takes,
+            where all updates that an integer ``T`` asks for fall on one step. A
+            callable ``T`` is taken to ask for one then.
+        spread_peak_flops: The same with ``spread_updates=True``.
     """
 
     rows: tuple[Row, ...]
+    peak_flops: int
+    spread_peak_flops: int
 
     @property
     def totals(self) -> dict[str, int]:
@@ -109,8 +116,8 @@ class Summary:
         """Return plain data, ready for JSON.
 
         Returns:
-            ``'rows'``, a list with a dictionary of each row's attributes, and
-            ``'totals'``.
+            ``'rows'``, a list with a dictionary of each row's attributes,
+            ``'totals'``, ``'peak_flops'`` and ``'spread_peak_flops'``.
         """
         rows = [
             asdict(row)
@@ -119,13 +126,24 @@ class Summary:
         ]
         for row in rows:
             row |= {k: list(v) for k, v in row.items() if isinstance(v, tuple)}
-        return {"rows": rows, "totals": self.totals}
+        return {
+            "rows": rows,
+            "totals": self.totals,
+            "peak_flops": self.peak_flops,
+            "spread_peak_flops": self.spread_peak_flops,
+        }
 
     def _title(self) -> str:
         numbers, state = (self.totals[name] for name in ("parameters", "state_bytes"))
         return (
             f"SIRFShampoo: {len(self.rows)} pre-conditioners for {numbers:,} numbers, "
             f"{tell_bytes(state)} of state"
+        )
+
+    def _note(self) -> str:
+        peak, spread_peak = map(_flops, (self.peak_flops, self.spread_peak_flops))
+        return (
+            f"{_NOTE} The costliest step: {peak}; with spread_updates: {spread_peak}."
         )
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -162,13 +180,13 @@ class Summary:
                 for cell, width, head in zip(line, widths, _HEADS, strict=True)
             ]
             text.append("  ".join(cells).rstrip())
-        return "\n".join([*text, "", _NOTE])
+        return "\n".join([*text, "", self._note()])
 
     def __rich__(self) -> Table:
         """Return the table in rich's form."""
         from rich.table import Table
 
-        table = Table(title=self._title(), caption=_NOTE)
+        table = Table(title=self._title(), caption=self._note())
         for head in _HEADS:
             table.add_column(head, justify="left" if head in _LEFT else "right")
         *lines, total = self._cells()
@@ -233,10 +251,11 @@ def summarize(
         groups: All parameter groups.
         names: The names of each unit's parameters.
     """
-    rows = []
+    rows, periods = [], []
     for unit, of_unit in zip(units, names, strict=True):
         group = groups[unit.group]
         cost = cost_of(unit, group)
+        periods.append(period_of(group))
         rows.append(
             Row(
                 names=tuple(of_unit),
@@ -253,4 +272,11 @@ def summarize(
                 step_flops=cost.step_flops,
             )
         )
-    return Summary(tuple(rows))
+    updates, always = [row.update_flops for row in rows], [0] * len(rows)
+    steps = sum(row.step_flops for row in rows)
+    return Summary(
+        tuple(rows),
+        peak_flops=steps + costliest_step(updates, periods, always),
+        spread_peak_flops=steps
+        + costliest_step(updates, periods, spread(updates, periods)),
+    )

@@ -11,7 +11,12 @@ import torch
 from torch import Size, Tensor
 from torch.nn import Parameter
 
-from sirfshampoo._config import check_parameter, dtypes_of_axes, structures_of_axes
+from sirfshampoo._config import (
+    check_parameter,
+    dtypes_of_axes,
+    own_numbers,
+    structures_of_axes,
+)
 from sirfshampoo._distributed import is_dtensor, whole_rows
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import structure_class
@@ -139,6 +144,7 @@ def form_units(
         T = group["T"]
         new = {
             **group,
+            **own_numbers(group),
             "params": list(members),
             # a callable may hold state that groups must not share
             "T": deepcopy(T) if callable(T) else T,

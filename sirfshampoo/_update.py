@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sirfshampoo import _device
 from sirfshampoo.structures import StructuredMatrix
 from sirfshampoo.structures.base import (
     accumulation_dtype,
@@ -46,7 +47,7 @@ def unless_all(mask: Tensor) -> Tensor | None:
     On the CPU that spares the passes that apply it; elsewhere the host would have to
     wait for the device.
     """
-    return None if mask.device.type == "cpu" and bool(mask.all()) else mask
+    return None if _device.is_at_hand(mask) and bool(mask.all()) else mask
 
 
 def _number(values: Tensor) -> float | Tensor:
@@ -54,7 +55,7 @@ def _number(values: Tensor) -> float | Tensor:
 
     With a number, torch fuses products, and does not cast half-precision matrices.
     """
-    single = values.numel() == 1 and values.device.type == "cpu"
+    single = values.numel() == 1 and _device.is_at_hand(values)
     return values.item() if single else values
 
 
@@ -78,7 +79,7 @@ class Workspace:
             K: The matrix.
             slot: What lies in different slots does not overlap.
         """
-        if K.device.type != "cpu" or not isinstance(K, DenseMatrix):
+        if not isinstance(K, DenseMatrix) or not _device.is_at_hand(K.mat):
             return None
         sizes = [t.numel() for t in K.tensors()]
         buffer = self._buffers.get((K.dtype, slot))
@@ -209,6 +210,11 @@ class Preconditioner:
     squared: bool
     scale: Tensor | None
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether `matrix` has memory of its own, and is not the factor itself."""
+        return self.squared or self.scale is not None
+
     @classmethod
     def prepare(cls, K: StructuredMatrix, *, squared: bool) -> Self:
         """Bring the factor of an axis into the form with or without K Kᵀ."""
@@ -221,6 +227,16 @@ class Preconditioner:
         if outer is None:
             return cls(K, squared=False, scale=scale)
         return cls(outer, squared=True, scale=scale)
+
+    @classmethod
+    def allocate(cls, K: StructuredMatrix, *, squared: bool) -> Self:
+        """Return memory for what `prepare` returns, with any numbers."""
+        scale = None
+        if K.dtype == torch.float16:
+            scale = torch.empty(K.batch_shape, dtype=torch.float32, device=K.device)
+        has_own = squared or scale is not None
+        matrix = K.map(torch.empty_like) if has_own else K
+        return cls(matrix, squared=squared, scale=scale)
 
     def __call__(self, X: Tensor) -> Tensor:
         """Multiply onto X of shape ``[rows, d_n, columns]``."""
@@ -271,7 +287,7 @@ def descend(
     U: Tensor,
     *,
     moves: Tensor | None,
-    lr: float,
+    lr: float | Tensor,
     alpha1: float,
     kappa: float,
 ) -> None:
@@ -283,7 +299,7 @@ def descend(
         U: Their pre-conditioned gradients, ``[rows, *shape]``.
         moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
             rows move.
-        lr: Learning rate.
+        lr: Learning rate; a tensor ``[rows]`` has one value a row.
         alpha1: Momentum.
         kappa: Weight decay.
     """
@@ -301,4 +317,7 @@ def descend(
             keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
             step = V.mul_(per_matrix(keep, V)).add_(U).masked_fill(rests, 0.0)
     # W ← W − lr · V
-    torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)
+    if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it
+        torch._foreach_sub_(list(W), (step * per_matrix(lr, step)).unbind(0))
+    else:
+        torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)

@@ -19,14 +19,18 @@ from sirfshampoo._config import (
     CYCLED_MOMENTUM,
     adopt_cycled_momentum,
     check_batch_size,
+    check_flag,
     check_model,
     check_options,
     check_rule,
     with_kappa,
 )
+from sirfshampoo._costs import cost_of, period_of
+from sirfshampoo._device import untraced
 from sirfshampoo._diagnostics import (
     diagnostics,
     partly_missing_gradients,
+    warn_of_callable_interval,
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
@@ -34,7 +38,8 @@ from sirfshampoo._distributed import Ranks, is_initialized
 from sirfshampoo._memory import check_memory
 from sirfshampoo._owners import Owners
 from sirfshampoo._precision import full_precision
-from sirfshampoo._stack import Settings, Stack, stack_units
+from sirfshampoo._spread import spread
+from sirfshampoo._stack import Settings, Stack, Task, stack_units
 from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
 from sirfshampoo._update import Workspace
@@ -61,6 +66,12 @@ class _NoModel(Module):
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Return the parameters."""
         return iter(self._given)  # type: ignore[arg-type]
+
+
+def _take_steps(tasks: Sequence[Task], batch_size: int, workspace: Workspace) -> None:
+    """Do what is planned: all the arithmetic of a step, in one piece for a compiler."""
+    for task in tasks:
+        task.stack.take_step(task, batch_size, workspace)
 
 
 def _unwatch(model: weakref.ref[Module], hook: ForwardHook) -> None:
@@ -91,7 +102,9 @@ class SIRFShampoo(Optimizer):
             matrices that the pre-conditioner uses for it.
         STATE_ATTRIBUTES: Attributes outside ``state`` that a state dict holds and
             brings back.
-        global_step: The number of steps taken.
+        global_step: The number of steps taken. Add to it where steps pass the optimizer
+            by, as those of a replayed CUDA graph do.
+        spread_updates: Whether updates of pre-conditioners are spread over the steps.
         debug: Whether a step warns of gradients that are not finite, and names their
             parameters. On an accelerator that waits for the device. Default: False.
     """
@@ -103,7 +116,7 @@ class SIRFShampoo(Optimizer):
         self,
         model: Module | Iterable[Any],
         params: Iterable[Any] | None = None,
-        lr: float = 0.001,
+        lr: float | Tensor = 0.001,
         beta2: float = 0.01,
         alpha1: float = 0.9,
         alpha2: float = 0.5,
@@ -118,6 +131,7 @@ class SIRFShampoo(Optimizer):
         combine_params: tuple[PreconditionerGroup, ...] = DEFAULT_COMBINE_PARAMS,
         verbose_init: bool = False,
         *,
+        spread_updates: bool = False,
         process_group: ProcessGroup | DeviceMesh | Literal[False] | None = None,
         shard_preconditioners: ProcessGroup | DeviceMesh | bool = False,
     ) -> None:
@@ -133,7 +147,10 @@ class SIRFShampoo(Optimizer):
                 with the key ``'params'`` and any of the options from ``lr`` to
                 ``combine_params`` (but not ``batch_size``). Default: all parameters of
                 the model that require a gradient.
-            lr: Learning rate of the parameters (β₁ in the paper).
+            lr: Learning rate of the parameters (β₁ in the paper). If it is a tensor,
+                each group gets a copy of its own, into which schedulers write: put it
+                on the device of the parameters, then a compiled step or a captured
+                CUDA graph follows a schedule.
             beta2: Learning rate of the pre-conditioner.
             alpha1: Momentum of the parameter update.
             alpha2: Riemannian momentum of the pre-conditioner.
@@ -165,6 +182,15 @@ class SIRFShampoo(Optimizer):
                 has its own.
             verbose_init: Whether to print how parameters are grouped and which
                 pre-conditioners they get.
+            spread_updates: Whether to spread the updates of the pre-conditioners over
+                the steps, so that no step does much more than another. Without, all
+                groups of equal integer ``T`` are updated when ``step % T == 0``. With
+                it, when ``step % T`` is a number of the group's own, chosen such that
+                counted operations are balanced; it follows from shapes, structures,
+                ``T`` and whether ``lam`` is 0, in the order of the groups, hence a
+                checkpoint holds nothing of it. A callable ``T`` keeps its own mind.
+                Where pre-conditioners are sharded, it is each rank that is balanced,
+                hence the steps of updates depend on the number of ranks.
             process_group: The ranks of ``torch.distributed`` that see different
                 examples: examples that are counted are summed over them once a step.
                 A process group, a mesh of devices, or False if this rank trains by
@@ -196,14 +222,19 @@ class SIRFShampoo(Optimizer):
             "combine_params": combine_params,
         }
         check_options(defaults)
+        check_flag("spread_updates", spread_updates)
         self._model = model if isinstance(model, Module) else None
         if self._model is None:
             params = model  # type: ignore[assignment]
         elif params is None:
             params = [p for p in self._model.parameters() if p.requires_grad]
 
-        self.global_step = 0
+        self._stacks: list[Stack] | None = None
+        self._global_step = 0
         self.debug = False
+        self.spread_updates = spread_updates
+        # the phase of each group, and what it follows from
+        self._phases: tuple[Any, list[int]] = None, []
         self._batch_size = BatchSizeCounter(batch_size)
         self._ranks = Ranks(process_group, self._model)
         self._owners: Owners | None = None
@@ -213,7 +244,6 @@ class SIRFShampoo(Optimizer):
         self._is_set_up = False
         self._told: set[int] = set()  # units whose missing gradients were told
         self._units: list[Unit] = []
-        self._stacks: list[Stack] | None = None
         self._workspace = Workspace()
         # what rules find in the model; remembered while groups are being added
         self._identified: dict[int, list[list[Parameter]]] = {}
@@ -284,6 +314,8 @@ class SIRFShampoo(Optimizer):
             )
         finally:
             self.param_groups = before
+        if self.spread_updates and callable(given["T"]):
+            warn_of_callable_interval(names)
         if self._owners is not None:
             units = self._owners.assign(units, [*before, *groups], self._units)
         if self._is_set_up:  # else the constructor does it once for all
@@ -348,7 +380,10 @@ class SIRFShampoo(Optimizer):
         """Perform a single optimization step.
 
         A pre-conditioner whose parameters lack a gradient rests, and so does one whose
-        gradient is not finite (``skipped`` in its state counts these).
+        gradient is not finite (``skipped`` in its state counts these). On an
+        accelerator the host does not wait for the device. ``torch.compile`` makes two
+        variants of a step, with an update of the pre-conditioners and without; and
+        more if not all groups are updated in the same steps.
 
         Args:
             closure: Not supported.
@@ -362,6 +397,17 @@ class SIRFShampoo(Optimizer):
                 "SIRFShampoo.step takes no closure: compute the loss and its gradients "
                 "before the step."
             )
+        stacks, tasks, batch_size = self._plan()
+        with full_precision({stack.skipped.device.type for stack in stacks}):
+            take_steps = (
+                _take_steps if self._owners is None else self._owners.take_steps
+            )
+            take_steps(tasks, batch_size, self._workspace)
+        self._close(batch_size)
+
+    @untraced
+    def _plan(self) -> tuple[list[Stack], list[Task], int]:
+        """Return the stacks, what is to be done with them, and the batch size."""
         present, counted = self._ranks.agree(
             [unit.has_gradients() for unit in self._units], self._batch_size.counted()
         )
@@ -380,18 +426,28 @@ class SIRFShampoo(Optimizer):
                 self.param_groups, self._due(), present, strict=True
             )
         ]
-        stacks = self._current_stacks()
-        with full_precision({stack.skipped.device.type for stack in stacks}):
-            if self._owners is not None:
-                self._owners.take_step(stacks, settings, batch_size, self._workspace)
-            else:
-                for stack in stacks:
-                    for rows, shared in stack.runs(settings):
-                        stack.take_step(rows, shared, batch_size, self._workspace)
+        stacks, groups = self._current_stacks(), self.param_groups
+        tasks = [task for stack in stacks for task in stack.plan(settings, groups)]
+        return stacks, tasks, batch_size
+
+    @untraced
+    def _close(self, batch_size: int) -> None:
+        """Count a step that was taken."""
         self.global_step += 1
-        for stack in stacks:
-            stack.step.add_(1)
+        for stack in self._stacks or []:
+            stack.note_writes()
         self._batch_size.close(batch_size)
+
+    @property
+    def global_step(self) -> int:
+        """The number of steps taken. Set it where steps pass this object by."""
+        return self._global_step
+
+    @global_step.setter
+    def global_step(self, value: int) -> None:
+        for stack in self._stacks or []:
+            stack.step.add_(value - self._global_step)
+        self._global_step = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget how many examples they averaged over.
@@ -406,9 +462,27 @@ class SIRFShampoo(Optimizer):
         """Return, a group, whether its pre-conditioner is to be updated."""
         intervals = [group["T"] for group in self.param_groups]
         return [
-            bool(T(self.global_step)) if callable(T) else self.global_step % T == 0
-            for T in intervals
+            bool(T(self.global_step)) if callable(T) else self.global_step % T == phase
+            for T, phase in zip(intervals, self._present_phases(), strict=True)
         ]
+
+    def _present_phases(self) -> list[int]:
+        """Return, a group, in which step of its period its factors are updated."""
+        groups = self.param_groups
+        if not self.spread_updates:
+            return [0] * len(groups)
+        reason = [(group["T"], bool(group["lam"])) for group in groups]
+        if reason != self._phases[0]:
+            costs = [cost_of(unit, groups[unit.group]) for unit in self._units]
+            phases = [0] * len(groups)
+            for owner in {unit.owner for unit in self._units}:  # each is balanced
+                own = [i for i, unit in enumerate(self._units) if unit.owner == owner]
+                updates = [costs[i].update_flops for i in own]
+                found = spread(updates, [period_of(groups[i]) for i in own])
+                for i, phase in zip(own, found, strict=True):
+                    phases[i] = phase
+            self._phases = reason, phases
+        return self._phases[1]
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
@@ -416,8 +490,11 @@ class SIRFShampoo(Optimizer):
             (p for unit in self._units for p in unit.params),
             None if self._owners is None else self._owners.exchange,
         )
+        phases = self._present_phases()
+        # rows that are updated in the same steps are neighbours
+        units = sorted(self._units, key=lambda unit: phases[unit.group])
         self._stacks = stack_units(
-            self._units,
+            units,
             self.param_groups,
             self.state,
             step=self.global_step,
@@ -549,13 +626,14 @@ class SIRFShampoo(Optimizer):
             replace(unit, dtypes=group["preconditioner_dtypes"])
             for unit, group in zip(self._units, self.param_groups, strict=True)
         ]
-        self.global_step = self.global_step if step is None else step
+        self._global_step = self.global_step if step is None else step
         if self._owners is not None:
             for unit in self._units:
                 saved |= self._owners.collect(unit, saved)
         for p, entries in saved.items():
             self.state[p] = entries
-        self._restack()
+        for stack in self._restack():
+            stack.step.fill_(self._global_step)  # also of what was not saved
 
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -536,10 +536,11 @@ def test_saved_json_reads_back(tmp_path: Path) -> None:
     assert '"c": [1.5, 2]' in text
 
 
-def test_the_readme_shows_the_committed_results() -> None:
+@pytest.mark.parametrize("text", report.TEXTS, ids=lambda path: path.name)
+def test_the_texts_show_the_committed_results(text: Path) -> None:
     """The tables are generated: nobody types a number."""
     names = [path.stem for path in results.RESULTS.glob("*.json")]
-    readme = (environment.ROOT / "README.md").read_text(encoding="utf-8")
-    wanted = {report.result_name(m) for m in report.MARKER.finditer(readme)}
+    old = text.read_text(encoding="utf-8")
+    wanted = {report.result_name(m) for m in report.MARKER.finditer(old)}
     assert wanted <= set(names)
-    assert report.render(readme, results.RESULTS)[0] == readme
+    assert report.render(old, results.RESULTS)[0] == old

@@ -1,6 +1,7 @@
 """The optimizer computes what the twin computes, and has the method's symmetries."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from time import perf_counter
 from typing import Any
@@ -24,6 +25,8 @@ STEPS = 12
 BATCH = 5
 
 Gradients = dict[nn.Parameter, Tensor | None]
+Place = AbstractContextManager[Any]
+AT_HAND: Place = nullcontext()
 
 
 def draw_gradients(params: Iterable[nn.Parameter]) -> Gradients:
@@ -48,13 +51,15 @@ def follow(
     config: dict[str, Any],
     rules: tuple[PreconditionerGroup, ...] = (PerParameter(),),
     steps: int = STEPS,
+    place: Place = AT_HAND,
 ) -> tuple[Twin, SIRFShampoo]:
     """Let optimizer and twin take the same steps with random gradients."""
     optimizer = SIRFShampoo(model, batch_size=BATCH, combine_params=rules, **config)
     twin = twin_of(model, config, tuple(type(rule).__name__ for rule in rules))
     for _ in range(steps):
         gradients = draw_gradients(model.parameters())
-        optimizer.step()
+        with place:
+            optimizer.step()
         twin.step(gradients, BATCH)
     return twin, optimizer
 
@@ -84,8 +89,10 @@ dense_and_mixture = pytest.mark.parametrize(
 # --- the twin -------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_follows_the_twin_over_12_steps(name: str, dtype: torch.dtype) -> None:
-    twin, optimizer = follow(Tensors(SHAPES, dtype), CONFIGS[name])
+def test_follows_the_twin_over_12_steps(
+    name: str, dtype: torch.dtype, place: Place
+) -> None:
+    twin, optimizer = follow(Tensors(SHAPES, dtype), CONFIGS[name], place=place)
     assert_agree(twin, optimizer, tolerance(CONFIGS[name], dtype))
 
 
@@ -101,17 +108,17 @@ def test_every_pair_of_structures_follows_the_twin(left: str, right: str) -> Non
 @pytest.mark.parametrize("factors", [None, torch.float32, torch.float64], ids=str)
 @dense_and_mixture
 def test_half_precision_parameters_follow_the_twin(
-    dtype: torch.dtype, factors: torch.dtype | None, structures: Any
+    dtype: torch.dtype, factors: torch.dtype | None, structures: Any, place: Place
 ) -> None:
     config = {**FAST, "structures": structures, "preconditioner_dtypes": factors}
-    twin, optimizer = follow(Tensors(SHAPES, dtype), config)
+    twin, optimizer = follow(Tensors(SHAPES, dtype), config, place=place)
     assert_agree(twin, optimizer, tolerance(config, dtype))
 
 
 @pytest.mark.parametrize("rule", [LinearWeightBias, FlattenEmbedding])
 @each_choice
 def test_grouping_rules_follow_the_twin(
-    rule: type[PreconditionerGroup], structures: Any
+    rule: type[PreconditionerGroup], structures: Any, place: Place
 ) -> None:
     model = nn.Sequential(
         nn.Embedding(7, 5),
@@ -123,7 +130,8 @@ def test_grouping_rules_follow_the_twin(
         nn.LayerNorm(3),
     ).double()
     config = {**FAST, "structures": structures}
-    twin, optimizer = follow(model, config, rules=(rule(), PerParameter()))
+    rules = (rule(), PerParameter())
+    twin, optimizer = follow(model, config, rules, place=place)
     assert_agree(twin, optimizer, 1e-12)
 
 
@@ -250,7 +258,7 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 @pytest.mark.filterwarnings("ignore:.*have no gradient:UserWarning")
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("T", [1, 3])
-def test_units_without_gradient_rest(pattern: str, T: int) -> None:
+def test_units_without_gradient_rest(pattern: str, T: int, place: Place) -> None:
     model = nn.Sequential(
         Tensors(SHAPES, torch.float64),
         *(nn.Linear(7, 5) for _ in range(3)),
@@ -264,7 +272,8 @@ def test_units_without_gradient_rest(pattern: str, T: int) -> None:
         for i, p in enumerate(gradients):
             if PATTERNS[pattern](step, i):
                 p.grad = gradients[p] = None
-        optimizer.step()
+        with place:
+            optimizer.step()
         twin.step(gradients, BATCH)
     assert_agree(twin, optimizer, 1e-12)
 
@@ -292,7 +301,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 @each_choice
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_non_finite_gradient_lets_its_unit_rest_and_no_other(
-    bad: float, T: int, structures: Any, dtype: torch.dtype
+    bad: float, T: int, structures: Any, dtype: torch.dtype, place: Place
 ) -> None:
     # of the three (5, 7), which may share a stack, only the middle one is struck
     model = Tensors([(5, 7), (5, 7), (5, 7), (33,), (4, 3, 5)], dtype)
@@ -311,7 +320,8 @@ def test_a_non_finite_gradient_lets_its_unit_rest_and_no_other(
             params[1].grad[2, 3] = bad
         units = range(len(optimizer.param_groups))
         before = [snapshot(optimizer, i) for i in units]
-        optimizer.step()
+        with place:
+            optimizer.step()
         for i in units:
             rested = same(before[i], snapshot(optimizer, i))
             assert rested == (i == struck and step in (0, 2, 3))

@@ -81,7 +81,10 @@ class HierarchicalMatrix(StructuredMatrix):
         first.copy_(dense[..., :a, :])
         last.copy_(dense[..., a:, :])
         c = (self.middle * scale).unsqueeze(-1)
-        torch.mul(X[..., a : a + mid, :], c, out=between)
+        if torch.compiler.is_compiling():  # Dynamo takes no scattered `out=`
+            between.copy_(X[..., a : a + mid, :] * c)
+        else:
+            torch.mul(X[..., a : a + mid, :], c, out=between)
         return Y
 
     def rmatmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -109,7 +112,7 @@ class HierarchicalMatrix(StructuredMatrix):
         """Return Π(S) from rows of S, which are overwritten, and its diagonal."""
         d = rows.shape[-1]
         a, mid, _ = cls._sizes(d)
-        rows[..., a:, :a] = 0.0
+        rows[..., a:, :a].zero_()
         # B and D count twice: their mirror images in S are not stored
         rows[..., :a, a:].mul_(2)
         rows[..., a:, a : a + mid].mul_(2)

@@ -41,7 +41,7 @@ def _padded(x: Tensor) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     padded = torch.empty(*x.shape[:-1], _fft_length(d), dtype=dtype, device=x.device)
     padded[..., :d] = x
-    padded[..., d:] = 0.0
+    padded[..., d:].zero_()
     return padded
 
 
@@ -105,7 +105,7 @@ class ToeplitzMatrix(StructuredMatrix):
             return X.clone()
         k = _padded(self.coeffs * scale).unsqueeze(-2)  # [*batch, 1, n]
         diagonal = k[..., :1].clone()
-        k[..., 0] = 0.0
+        k[..., 0].zero_()
         spectrum = _spectrum(k)
         if transposed:
             spectrum = spectrum.conj()

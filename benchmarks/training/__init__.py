@@ -1,0 +1,1 @@
+"""Trains small networks with many optimizers on equal terms, and keeps the record."""

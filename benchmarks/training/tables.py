@@ -1,0 +1,243 @@
+"""The tables of the training benchmark."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.tables import Grid, where
+from benchmarks.training.builders import OURS
+from benchmarks.training.spaces import UNIT
+from benchmarks.training.summary import Entry, Mean, entries
+
+Result = Mapping[str, Any]
+
+
+def task(result: Result) -> Grid:
+    """Tell what every contestant reached on one task, and how fast."""
+    header = (
+        result["title"],
+        "test loss",
+        "validation",
+        "training",
+        "accuracy",
+        "diverged: search, runs",
+        "ms per step",
+        "steps to AdamW's best",
+        "seconds to it",
+    )
+    found = entries(result)
+    unit = next((e for e in found if e.name == UNIT), None)
+    target = unit.best() if unit else -math.inf
+    lines = [
+        (
+            e.title + ("" if e.record["searched"] else " (no search)"),
+            *(_mean(e.mean(what)) for what in ("test", "val", "train")),
+            _accuracy(e.mean("accuracy")),
+            f"{_share(e.diverged_trials())}, {_share(e.diverged(1.0))}",
+            "–" if e.ms() is None else f"{e.ms():.2f}",
+            *_reached(e, target),
+        )
+        for e in found
+    ]
+    return Grid(header, _bold(lines, _best(found)), task_notes(result))
+
+
+def _best(found: Sequence[Entry]) -> int | None:
+    """Return the position of the lowest mean test loss."""
+    means = [e.mean("test") for e in found]
+    fit = [i for i, mean in enumerate(means) if mean is not None]
+    return min(fit, key=lambda i: means[i].mean, default=None)  # type: ignore[union-attr]
+
+
+def _bold(lines: Sequence[tuple[str, ...]], best: int | None) -> list[tuple[str, ...]]:
+    """Print the first number of one line in bold."""
+    return [
+        (cells[0], f"**{cells[1]}**", *cells[2:]) if i == best else cells
+        for i, cells in enumerate(lines)
+    ]
+
+
+def _mean(mean: Mean | None) -> str:
+    """Format mean ± standard deviation."""
+    if mean is None:
+        return "diverged"
+    spread = f" ± {mean.deviation:.2g}" if mean.n > 1 else ""
+    return f"{mean.mean:.4g}{spread}"
+
+
+def _accuracy(mean: Mean | None) -> str:
+    return "–" if mean is None else f"{mean.mean:.1f} %"
+
+
+def _share(counts: tuple[int, int]) -> str:
+    """Format how many of how many."""
+    return f"{counts[0]} of {counts[1]}" if counts[1] else "–"
+
+
+def _reached(e: Entry, target: float) -> tuple[str, str]:
+    """Format when a loss was reached."""
+    steps = e.steps_to(target)
+    seconds = e.seconds_at(steps)
+    return (
+        "–" if math.isinf(steps) else f"{steps:.0f}",
+        "–" if seconds is None else f"{seconds:.2f}",
+    )
+
+
+def task_notes(result: Result) -> list[str]:
+    """Say how one task was trained, measured and timed."""
+    found = entries(result)
+    trials = sorted({len(e.trials) for e in found if e.record["searched"]})
+    searched = " or ".join(map(str, trials)) if trials else "no"
+    seeds = sorted({len(e.runs()) for e in found})
+    notes = [
+        f"{where(result['environment'])} Data: {result['data']['origin']} "
+        f"({result['data']['hash']}); {result['steps']} steps of "
+        f"{result['batch_size']} examples; warm-up over a tenth, then a cosine. "
+        f"{searched} trials of random search each (`benchmarks/training/spaces.py`), "
+        "chosen by validation loss; losses are means ± standard deviations over "
+        f"{' or '.join(map(str, seeds))} other seeds, without diverged runs."
+    ]
+    if len(trials) > 1:
+        notes.append("**Not all had as many trials**: do not compare these.")
+    clock = result.get("clock")
+    if clock:
+        notes.append(
+            f"Seconds: trained once more in turns, alone, one thread, the fastest of "
+            f"{clock['rounds']} rounds; load before {clock['load_at_start']:.1f}."
+        )
+    ours = [e.record for e in found if e.record["builder"] in OURS]
+    codes = {code for record in ours for code in record["code"]}
+    if len(codes) > 1:
+        notes.append(
+            f"This package was not the same for all: {', '.join(sorted(codes))}."
+        )
+    return notes
+
+
+@dataclass(frozen=True)
+class Sections:
+    """A text with a heading, a picture and a table for each task."""
+
+    results: Sequence[Result]
+
+    def markdown(self) -> str:
+        """Return the text; pictures lie beside the results."""
+        parts = []
+        for result in self.results:
+            name = result["name"]
+            parts += [
+                f"### {name}: {result['title']}\n",
+                f"![Test loss by step and by second](results/train/{name}.png)\n",
+                task(result).markdown() + "\n",
+            ]
+        return "\n".join(parts)
+
+
+def all_tasks(results: Sequence[Result]) -> Grid:
+    """Tell the test loss of every contestant on every task."""
+    return _matrix(
+        results,
+        lambda e: e.mean("test"),
+        "Test losses, means over seeds (± standard deviation), the lowest in bold. "
+        "–: not tried.",
+    )
+
+
+def all_training(results: Sequence[Result]) -> Grid:
+    """Tell the training loss of every contestant on every task."""
+    return _matrix(
+        results,
+        lambda e: e.mean("train"),
+        "Training losses at the end of the same runs, the lowest in bold.",
+    )
+
+
+def _matrix(
+    results: Sequence[Result], measure: Callable[[Entry], Mean | None], note: str
+) -> Grid:
+    """Arrange one measure by contestant and task."""
+    columns = {r["name"]: {e.name: e for e in entries(r)} for r in results}
+    titles = {
+        name: e.title for column in columns.values() for name, e in column.items()
+    }
+    cells: dict[str, dict[str, str]] = {name: {} for name in titles}
+    for column, found in columns.items():
+        means = {name: measure(e) for name, e in found.items()}
+        fit = {name: mean.mean for name, mean in means.items() if mean}
+        best = min(fit, key=lambda name: fit[name], default=None)
+        for name in titles:
+            text = _mean(means[name]) if name in means else "–"
+            cells[name][column] = f"**{text}**" if name == best else text
+    lines = [(titles[name], *cells[name].values()) for name in titles]
+    notes = [note, *(where(r["environment"]) for r in results[:1])]
+    return Grid(("", *columns), lines, notes)
+
+
+def time_to_adamw(results: Sequence[Result]) -> Grid:
+    """Tell how soon every contestant is as good as AdamW at its best."""
+    columns = {r["name"]: {e.name: e for e in entries(r)} for r in results}
+    titles = {
+        name: e.title for column in columns.values() for name, e in column.items()
+    }
+    lines = [
+        (title, *(_relative(found, name) for found in columns.values()))
+        for name, title in titles.items()
+    ]
+    note = (
+        "Steps (seconds) until AdamW's best test loss, as a share of the steps "
+        "(seconds) that AdamW itself takes. –: not reached by the end, or not tried."
+    )
+    return Grid(("", *columns), lines, [note])
+
+
+def _relative(found: Mapping[str, Entry], name: str) -> str:
+    """Format steps and seconds to AdamW's best, in units of AdamW's."""
+    if UNIT not in found or name not in found:
+        return "–"
+    target = found[UNIT].best()
+    unit, steps = found[UNIT].steps_to(target), found[name].steps_to(target)
+    if math.isinf(steps) or math.isinf(unit) or not unit:
+        return "–"
+    seconds, unit_seconds = found[name].seconds_at(steps), found[UNIT].seconds_at(unit)
+    if not seconds or not unit_seconds:
+        return f"{steps / unit:.2f}"
+    return f"{steps / unit:.2f} ({seconds / unit_seconds:.2f})"
+
+
+def factors(results: Sequence[Result]) -> Grid:
+    """Tell how fixed settings bear other learning rates, and how often they diverge."""
+    found = [
+        (r["name"], e) for r in results for e in entries(r) if not e.record["searched"]
+    ]
+    tried = sorted({factor for _, e in found for factor in e.factors()})
+    header = ("settings without search", *(f"lr × {f:g}" for f in tried), "diverged")
+    lines = [
+        (
+            f"{e.title}: {name}",
+            *(
+                _mean(e.mean("test", f)) if f in e.factors() else "–"  # not tried
+                for f in tried
+            ),
+            _share(e.diverged()),
+        )
+        for name, e in found
+    ]
+    return Grid(
+        header, lines, ["Test losses; means over the runs that did not diverge."]
+    )
+
+
+def spaces(results: Sequence[Result]) -> Grid:
+    """Tell what was searched."""
+    found = {e["title"]: e for r in results for e in r["entries"]}
+    lines = [
+        (
+            title,
+            e["builder"],
+            "; ".join(f"`{key}` {value}" for key, value in e["space"].items()) or "–",
+        )
+        for title, e in found.items()
+    ]
+    return Grid(("contestant", "built by", "settings"), lines, [])
