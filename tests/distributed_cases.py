@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -603,3 +605,35 @@ def one_fails(where: str, how: str, pipe: Any) -> str:
             assert step == 2
             return str(error)
     return "Nothing."
+
+
+# --- the example ----------------------------------------------------------------------
+def example(folder: str, *options: str) -> float:
+    """Train as `examples/many_devices.py` does; return the loss it ends with."""
+    from examples import many_devices
+
+    small = ["--width", "16", "--layers", "1", "--every", "3", "--folder", folder]
+    return many_devices.train(many_devices.read_arguments([*small, *options]), "cpu")
+
+
+def crash_amid_a_save(folder: str, way: str) -> None:
+    """A save that fails after the numbers were written leaves the last one whole."""
+    options = ["--way", way, "--shard-preconditioners"]
+    example(folder, *options, "--steps", "3")
+    finish = FileSystemWriter.finish
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device.")
+
+    FileSystemWriter.finish = crash  # type: ignore[method-assign]
+    try:
+        example(folder, *options, "--steps", "6")
+    except CheckpointException as error:
+        assert "No space left" in str(error)
+    else:
+        raise AssertionError("The save went well.")
+    finally:
+        FileSystemWriter.finish = finish  # type: ignore[method-assign]
+    assert (Path(folder) / "latest").read_text() == "step-3"
+    resumed = example(folder, *options, "--steps", "6")
+    assert resumed == example(f"{folder}-b", *options, "--steps", "6")

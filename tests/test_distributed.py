@@ -1,5 +1,8 @@
 """Training on several ranks equals training in one process."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -142,3 +145,34 @@ def test_checkpoint(
     two.run(cases.resume, way=way, owned=owned, **shared)
     two.run(cases.resume, way=way, owned=not owned, **shared)
     one.run(cases.resume, way="alone", owned=False, **shared)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_crash_amid_a_save_leaves_the_last_checkpoint(
+    two: Ranks, tmp_path: Path, way: str
+) -> None:
+    two.run(cases.crash_amid_a_save, folder=str(tmp_path / "a"), way=way)
+
+
+def test_example_goes_on_in_another_way_with_other_ranks(
+    one: Ranks, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "examples/many_devices.py", "--width", "16"]
+    command += ["--layers", "1", "--every", "3", "--folder", str(tmp_path / "a")]
+    command += ["--steps", "5", "--way", "fsdp", "--shard-preconditioners"]
+    environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, fsdp, from step 0" in done.stdout
+    assert "5/5" in done.stdout
+    (resumed,) = one.run(example_case, folder=str(tmp_path / "a"))
+    (expected,) = one.run(example_case, folder=str(tmp_path / "b"))
+    assert abs(resumed - expected) < 1e-5 * expected
+
+
+def example_case(folder: str) -> float:
+    """Train to step 8, by DDP."""
+    return cases.example(folder, "--steps", "8")
