@@ -30,6 +30,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "machine": tables.machine,
     "conformance": tables.conformance,
     "soak": tables.soak,
+    "ranks": tables.ranks,
+    "scale": tables.scale,
     "training": training.task,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
@@ -53,8 +55,12 @@ MARKER = re.compile(
     re.DOTALL,
 )
 DEFAULT_NAME = "gpt256"
-TEXTS = (ROOT / "README.md", ROOT / "benchmarks" / "TRAINING.md")
-OWN_NAMES = ("conformance", "scaling")
+TEXTS = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "TRAINING.md",
+    ROOT / "docs" / "many_devices.md",
+)
+OWN_NAMES = ("conformance", "scaling", "scale")
 """Tables whose results stand in a file of their own name."""
 
 

@@ -53,6 +53,22 @@ def shared_out(
     return owners
 
 
+def with_owners(
+    units: Sequence[Unit], groups: Sequence[Group], present: Sequence[Unit], ranks: int
+) -> list[Unit]:
+    """Return units with owners among a number of ranks; see `Owners.assign`."""
+
+    def cost(unit: Unit) -> tuple[float, float]:
+        return work_of(unit, groups[unit.group]), float(unit.num_stored)
+
+    loads = [(0.0, 0.0)] * ranks
+    for unit in present:
+        (work, stored), owner = cost(unit), unit.owner or 0
+        loads[owner] = loads[owner][0] + work, loads[owner][1] + stored
+    owners = shared_out([cost(unit) for unit in units], loads)
+    return [replace(u, owner=o) for u, o in zip(units, owners, strict=True)]
+
+
 def _params(task: Task, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield the position and the parameters of all rows there."""
     units = task.stack.units[task.rows]
@@ -96,18 +112,9 @@ class Owners:
             groups: The parameter groups of all units.
             present: Units that have owners already.
         """
-
-        def cost(unit: Unit) -> tuple[float, float]:
-            return work_of(unit, groups[unit.group]), float(unit.num_stored)
-
-        loads = [(0.0, 0.0)] * self.exchange.size
-        for unit in present:
-            (work, stored), owner = cost(unit), unit.owner or 0
-            loads[owner] = loads[owner][0] + work, loads[owner][1] + stored
-        owners = shared_out([cost(unit) for unit in units], loads)
         for unit in units:
             self.exchange.check(unit.params)
-        return [replace(u, owner=o) for u, o in zip(units, owners, strict=True)]
+        return with_owners(units, groups, present, self.exchange.size)
 
     # ------------------------------------------------------------------------- step
 
@@ -121,14 +128,14 @@ class Owners:
             batch_size: The number of examples that the gradients average over.
             workspace: Memory for what is needed within the call.
         """
-        rounds = _rounds(tasks)
-        arriving = self._send_gradients(rounds[0]) if rounds else None
+        planned = _rounds(tasks)
+        arriving = self._send_gradients(planned[0]) if planned else None
         finish: Callable[[], None] | None = None
-        for i, of_round in enumerate(rounds):
+        for i, of_round in enumerate(planned):
             gradients = iter(arriving() if arriving else [])
             arriving = None
-            if i + 1 < len(rounds):
-                arriving = self._send_gradients(rounds[i + 1])
+            if i + 1 < len(planned):
+                arriving = self._send_gradients(planned[i + 1])
             mine: list[Tensor] = []
             for task in of_round:
                 if task.stack.held:
@@ -238,22 +245,28 @@ class Owners:
 
 
 def _rounds(tasks: Iterable[Task]) -> list[list[Task]]:
-    """Return rounds: what is done with one stack of each owner, the largest first."""
+    """Return what is done in each round."""
     of_stack: dict[Stack, list[Task]] = defaultdict(list)
     for task in tasks:
         of_stack[task.stack].append(task)
+    return [
+        [task for stack in of_round for task in of_stack[stack]]
+        for of_round in rounds(of_stack)
+    ]
+
+
+def rounds(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
+    """Yield one stack of each owner at a time, the largest first."""
     of_owner: dict[int, list[Stack]] = defaultdict(list)
-    for stack in of_stack:
+    for stack in stacks:
         of_owner[_owner(stack)].append(stack)
 
     def size(stack: Stack) -> int:
         return len(stack.units) * stack.units[0].dims.numel()
 
     ordered = [sorted(s, key=size, reverse=True) for s in of_owner.values()]
-    return [
-        [task for stack in of_round if stack is not None for task in of_stack[stack]]
-        for of_round in zip_longest(*ordered)
-    ]
+    for of_round in zip_longest(*ordered):
+        yield [stack for stack in of_round if stack is not None]
 
 
 def _sharded(tasks: Iterable[Task]) -> list[tuple[int, list[Tensor]]]:

@@ -28,7 +28,7 @@ def context() -> Any:
     """Return the way in which processes start: from one that knows torch already."""
     found = mp.get_context("forkserver")
     preload = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
-    found.set_forkserver_preload([*preload, "tests.distributed_cases"])
+    found.set_forkserver_preload(preload)
     return found
 
 

@@ -6,11 +6,16 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests import distributed_cases as cases
 from tests.ranks import Ranks, until_one_fails
+
+OWNED = pytest.mark.parametrize("owned", [False, True])
+WAYS = pytest.mark.parametrize("way", ["ddp", "fsdp"])
 
 
 @pytest.fixture(scope="session")
@@ -37,22 +42,28 @@ def four() -> Iterator[Ranks]:
     ranks.stop()
 
 
-@pytest.mark.parametrize("owned", [False, True])
-@pytest.mark.parametrize("options", cases.OPTIONS)
+def some(options: str) -> Any:
+    """Leave to `make test` what has most in it."""
+    marks = () if options in ("joined, T=2", "T=3") else (pytest.mark.heavy,)
+    return pytest.param(options, marks=marks)
+
+
+ALL_OPTIONS = pytest.mark.parametrize("options", map(some, cases.OPTIONS))
+
+
+@OWNED
+@ALL_OPTIONS
 def test_ddp(two: Ranks, options: str, owned: bool) -> None:
     two.run(cases.ddp, options=options, owned=owned)
 
 
-@pytest.mark.parametrize("owned", [False, True])
-@pytest.mark.parametrize("options", cases.OPTIONS)
+@OWNED
+@ALL_OPTIONS
 def test_fsdp(two: Ranks, options: str, owned: bool) -> None:
     two.run(cases.fsdp, options=options, owned=owned)
 
 
-OWNED = pytest.mark.parametrize("owned", [False, True])
-WAYS = pytest.mark.parametrize("way", ["ddp", "fsdp"])
-
-
+@pytest.mark.heavy
 @WAYS
 @OWNED
 @pytest.mark.parametrize("sync", [True, False])
@@ -94,6 +105,21 @@ def test_memory_and_work_are_balanced(two: Ranks, four: Ranks, layers: int) -> N
             assert max(of_rank) <= 1.25 * sum(of_rank) / ranks.world
 
 
+@WAYS
+@OWNED
+@pytest.mark.parametrize("number", ["one", "two", "four"])
+def test_costs_are_those_predicted(
+    request: pytest.FixtureRequest, number: str, way: str, owned: bool
+) -> None:
+    ranks = request.getfixturevalue(number)
+    for found in ranks.run(cases.costs, way=way, owned=owned):
+        for measured, predicted in found.values():
+            assert measured == predicted
+        communicates = ranks.world > 1 and (owned or way == "fsdp")
+        assert (found["received"][0] > 0) == communicates
+        assert found["flops"][0] > 0
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 @pytest.mark.parametrize(
     ("where", "awaited"),
@@ -121,6 +147,7 @@ def test_case(two: Ranks, case: Callable[[], None]) -> None:
     two.run(case)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("mesh", ["1-d", "2-d"])
 @pytest.mark.parametrize("options", ["T=3", "joined"])
@@ -128,10 +155,12 @@ def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None
     four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
 
 
+@pytest.mark.heavy
 def test_strided_shards(four: Ranks) -> None:
     four.run(cases.strided_shards)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("way", ["ddp", "1-d"])
@@ -176,3 +205,53 @@ def test_example_goes_on_in_another_way_with_other_ranks(
 def example_case(folder: str) -> float:
     """Train to step 8, by DDP."""
     return cases.example(folder, "--steps", "8")
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_float32(two: Ranks, owned: bool) -> None:
+    two.run(cases.fsdp, options="joined", dtype=torch.float32, owned=owned)
+    two.run(cases.ddp, options="joined", dtype=torch.float32, owned=owned)
+
+
+def test_a_short_way_through_checkpoints(
+    two: Ranks, one: Ranks, tmp_path: Path
+) -> None:
+    for kind, way in (("flattened", "1-d"), ("full on the CPU", "ddp")):
+        shared = {"kind": kind, "options": "T=3", "folder": str(tmp_path / kind)}
+        (tmp_path / kind).mkdir()
+        two.run(cases.save, way=way, owned=True, **shared)
+        two.run(cases.resume, way=way, owned=False, **shared)
+        one.run(cases.resume, way="alone", owned=False, **shared)
+
+
+@pytest.mark.heavy
+@OWNED
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("way", ["1-d", "2-d"])
+def test_checkpoints_of_four(
+    one: Ranks,
+    two: Ranks,
+    four: Ranks,
+    tmp_path: Path,
+    kind: str,
+    owned: bool,
+    way: str,
+) -> None:
+    shared = {"kind": kind, "options": "T=3", "folder": str(tmp_path / "a")}
+    four.run(cases.save, way=way, owned=owned, **shared)
+    four.run(cases.resume, way="ddp", owned=owned, **shared)
+    two.run(cases.resume, way="1-d", owned=owned, **shared)
+    one.run(cases.resume, way="alone", owned=False, **shared)
+    shared["folder"] = str(tmp_path / "b")
+    one.run(cases.save, way="alone", owned=False, **shared)
+    two.run(cases.resume, way="ddp", owned=owned, **shared)
+    four.run(cases.resume, way=way, owned=owned, **shared)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_owners_spread_their_own_updates(
+    request: pytest.FixtureRequest, ranks: str, way: str
+) -> None:
+    request.getfixturevalue(ranks).run(cases.spread_updates, way=way)
