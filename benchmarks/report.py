@@ -12,6 +12,7 @@ from benchmarks.environment import ROOT
 from benchmarks.training import pictures
 from benchmarks.training import tables as training
 from benchmarks.training.tasks import TASKS
+from benchmarks.workloads import WORKLOADS
 
 
 class Markdown(Protocol):
@@ -24,6 +25,7 @@ class Markdown(Protocol):
 
 TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "step": tables.step,
+    "targets": tables.targets,
     "official": tables.official,
     "work": tables.work,
     "scaling": tables.scaling,
@@ -55,10 +57,14 @@ MARKER = re.compile(
     re.DOTALL,
 )
 DEFAULT_NAME = "gpt256"
-TEXTS = (
-    ROOT / "README.md",
-    ROOT / "benchmarks" / "TRAINING.md",
-    ROOT / "docs" / "many_devices.md",
+TEXTS = tuple(
+    ROOT / name
+    for name in (
+        "README.md",
+        "benchmarks/SPEED.md",
+        "benchmarks/TRAINING.md",
+        "docs/many_devices.md",
+    )
 )
 OWN_NAMES = ("conformance", "scaling", "scale")
 """Tables whose results stand in a file of their own name."""
@@ -87,7 +93,9 @@ def render(text: str, folder: Path) -> tuple[str, int]:
 
     def fill(match: re.Match[str]) -> str:
         grid: Markdown
-        if match["table"] in OVERVIEWS:
+        if match["table"] == "workloads":
+            grid = tables.workloads(stepped(folder))
+        elif match["table"] in OVERVIEWS:
             found = trained(folder / (match["name"] or "train"))
             grid = OVERVIEWS[match["table"]](found)
         elif match["table"] in TABLES:
@@ -96,7 +104,7 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         else:
             raise ValueError(
                 f"The text asks for table {match['table']!r}; "
-                f"there are {', '.join([*TABLES, *OVERVIEWS])}."
+                f"there are {', '.join([*TABLES, 'workloads', *OVERVIEWS])}."
             )
         return f"{match['open']}{grid.markdown()}\n{match['close']}"
 
@@ -114,6 +122,12 @@ def trained(folder: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{folder} has no results.")
     # Runs of another length or batch size have names of their own, and no column.
     return [results.load(paths[name]) for name in TASKS if name in paths]
+
+
+def stepped(folder: Path) -> list[dict[str, Any]]:
+    """Load the timed workloads of a folder, in the order of their list."""
+    paths = {name: folder / f"{name}.json" for name in WORKLOADS}
+    return [results.load(path) for path in paths.values() if path.exists()]
 
 
 def picture(result: dict[str, Any], path: Path) -> None:

@@ -33,14 +33,12 @@ def period_of(group: Mapping[str, Any]) -> int:
     return 1 if callable(T) else int(T)
 
 
-@cache
-def _squares(structure: type[StructuredMatrix]) -> bool:
-    """Return whether K Kᵀ has the structure of K."""
-    return structure.zeros(0, device="cpu").outer() is not None
-
-
 def squaring_pays(
-    structure: type[StructuredMatrix], dim: int, columns: int, interval: int
+    structure: type[StructuredMatrix],
+    dtype: torch.dtype,
+    dim: int,
+    columns: int,
+    interval: int,
 ) -> bool:
     """Return whether K Kᵀ costs less than what it saves until K changes.
 
@@ -49,12 +47,15 @@ def squaring_pays(
 
     Args:
         structure: The structure of K.
+        dtype: The data type of K.
         dim: The number of rows of K.
         columns: The number of columns of the unfolded gradient.
         interval: How many steps K stays.
     """
-    pays = structure.num_stored(dim) <= dim * columns * interval
-    return pays and _squares(structure)
+    outer = structure.outer_structure(dim, dtype)
+    if outer is None or (outer is not structure and interval > 1):
+        return False  # what is kept must not be larger than the factors
+    return outer.num_stored(dim) <= dim * columns * interval
 
 
 @dataclass(frozen=True)
@@ -107,24 +108,32 @@ def _cost(
             update_flops += 2 * dims.numel() + 8 * dim
             step_flops += dims.numel() + dim
             continue
-        squared = squaring_pays(structure, dim, columns, interval)
-
-        product = structure.flops(dim, columns)  # with an unfolded gradient
-        among = structure.flops(dim, -(-stored // max(dim, 1)))  # of two of a kind
+        product = structure.flops(dim, columns, dtype)  # with an unfolded gradient
         # A, H, Kᵀ K and K m
-        update_flops += 2 * product + (2 if damped else 1) * among
-        step_flops += product if squared else 2 * product
-        if squared and interval == 1:
-            step_flops += among
-        elif squared:
-            update_flops += among
-        if interval > 1 and (squared or dtype == torch.float16):
-            kept_bytes += stored * dtype.itemsize
+        update_flops += 2 * product + (2 if damped else 1) * _among(structure, dim)
+
+        outer = structure.outer_structure(dim, dtype)
+        if squaring_pays(structure, dtype, dim, columns, interval) and outer:
+            step_flops += outer.flops(dim, columns, dtype)
+            if interval == 1:
+                step_flops += _among(outer, dim)
+            else:
+                update_flops += _among(outer, dim)
+                kept_bytes += outer.num_stored(dim) * dtype.itemsize
+        else:
+            step_flops += 2 * product
+            if interval > 1 and dtype == torch.float16:
+                kept_bytes += stored * dtype.itemsize
         if interval > 1 and dtype == torch.float16:
             kept_bytes += torch.float32.itemsize  # its scale
     if elementwise:
         update_flops += dims.numel()
     return Cost(tuple(axis_bytes), kept_bytes, update_flops, step_flops)
+
+
+def _among(structure: type[StructuredMatrix], dim: int) -> int:
+    """Return the operations of a product of two matrices of one structure."""
+    return structure.flops(dim, -(-structure.num_stored(dim) // max(dim, 1)))
 
 
 def momentum_bytes(unit: Unit, group: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sirfshampoo._update import LARGEST_FLOAT16, unless_all
+from sirfshampoo._update import LARGEST_FLOAT16, finite_rows
 from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
@@ -47,7 +47,7 @@ def update_factors(
         s.append(h.mul_(k2).sub_(0.5))
 
     # a number that is not finite makes the sum so
-    finite = unless_all(torch.cat(s, -1).sum(-1, keepdim=True).isfinite())
+    finite = finite_rows(torch.cat(s, -1).sum(-1, keepdim=True))
     for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
         k, dtype = K_n.diag, K_n.dtype
         if dtype == torch.float16:
@@ -94,8 +94,9 @@ def _weighted_sums(Q: Tensor, squares: Sequence[Tensor], n: int) -> Tensor:
     """Return the sums of Q over all axes but n, weighted by the squares of theirs."""
     rows, dims = len(Q), Q.shape[1:]
     if n + 1 < len(dims):
-        weights = _joint_weights(squares[n + 1 :]).unsqueeze(-1)
-        Q = Q.reshape(rows, prod(dims[: n + 1]), -1) @ weights
+        weights = _joint_weights(squares[n + 1 :]).unsqueeze(-2)
+        # a row times a batch of matrices is several times faster than these times it
+        Q = weights @ Q.reshape(rows, prod(dims[: n + 1]), -1).mT
     if n > 0:
         weights = _joint_weights(squares[:n]).unsqueeze(-2)
         Q = weights @ Q.reshape(rows, -1, dims[n])

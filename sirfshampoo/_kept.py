@@ -107,7 +107,9 @@ class KeptProducts:
         """Return, a axis, whether K Kᵀ costs less than what it saves."""
         size = self._dims.numel()
         return [
-            squaring_pays(type(K_n), K_n.dim, size // max(K_n.dim, 1), interval)
+            squaring_pays(
+                type(K_n), K_n.dtype, K_n.dim, size // max(K_n.dim, 1), interval
+            )
             for K_n in self._K
         ]
 

@@ -24,8 +24,8 @@ from sirfshampoo._units import Unit, joint_gradients, stacked
 from sirfshampoo._update import (
     Workspace,
     descend,
+    finite_rows,
     precondition,
-    unless_all,
     update_factors,
 )
 from sirfshampoo.combiner import PerParameter
@@ -286,8 +286,8 @@ class Stack:
             moves = self._update(rows, settings, G, batch_size, workspace)
         U = self.precondition(rows, G, products)
         # one entry that is not finite makes the sum so
-        finite = U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)).isfinite()
-        moves = unless_all(finite if moves is None else moves & finite)
+        finite = finite_rows(U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)))
+        moves = finite if moves is None else moves if finite is None else moves & finite
         if moves is not None:
             skipped.add_(~moves)
         return _scattered(self.units[rows], U), moves

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import sqrt
-from typing import Self
+from math import isfinite, sqrt
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,6 +48,13 @@ def unless_all(mask: Tensor) -> Tensor | None:
     wait for the device.
     """
     return None if _device.is_at_hand(mask) and bool(mask.all()) else mask
+
+
+def finite_rows(probes: Tensor) -> Tensor | None:
+    """Return where numbers ``[rows]`` are finite, or None like `unless_all`."""
+    if _device.is_at_hand(probes) and isfinite(probes.sum().item()):
+        return None
+    return unless_all(probes.isfinite())
 
 
 def _number(values: Tensor) -> float | Tensor:
@@ -121,7 +128,8 @@ def update_factors(
     dims = G.shape[1:]
     A = _whitened(K, G, batch_size)
     # ‖K_n‖_F² / d_n
-    traces = [K_n.norm().square() / max(K_n.dim, 1) for K_n in K] if lam else []
+    needs_traces = lam and len(K) > 1
+    traces = [K_n.norm().square() / max(K_n.dim, 1) for K_n in K if needs_traces]
 
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
     s = []
@@ -129,15 +137,15 @@ def update_factors(
         X, scale = _mat(A.to(K_n.dtype), n), dims[n] / 2
         if lam:
             others = [trace for k, trace in enumerate(traces) if k != n]
-            damping = lam / 2 * reduce(torch.mul, others, torch.ones_like(traces[n]))
+            damping = _number(reduce(torch.mul, others)) if others else 1.0
             s_n = K_n.damped_gram(
-                X, scale=scale, damping=_number(damping), out=workspace.like(K_n, n)
+                X, scale=scale, damping=damping * lam / 2, out=workspace.like(K_n, n)
             )
         else:
             s_n = K_n.project_gram(X, scale=scale)
         s.append(s_n.shift_(-0.5))
 
-    finite = unless_all(torch.stack([s_n.is_finite() for s_n in s]).all(0))
+    finite = finite_rows(reduce(torch.add, [s_n.probe() for s_n in s]))
     for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
         # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
         weight: float | Tensor = 1 - alpha2
@@ -234,9 +242,14 @@ class Preconditioner:
         scale = None
         if K.dtype == torch.float16:
             scale = torch.empty(K.batch_shape, dtype=torch.float32, device=K.device)
-        has_own = squared or scale is not None
-        matrix = K.map(torch.empty_like) if has_own else K
-        return cls(matrix, squared=squared, scale=scale)
+        outer = K.outer_structure(K.dim, K.dtype) if squared else None
+        matrix = K
+        if outer is not None:
+            kind: dict[str, Any] = {"dtype": K.dtype, "device": K.device}
+            matrix = outer.zeros(K.dim, batch=tuple(K.batch_shape), **kind)
+        elif scale is not None:
+            matrix = K.map(torch.empty_like)
+        return cls(matrix, squared=outer is not None, scale=scale)
 
     def __call__(self, X: Tensor) -> Tensor:
         """Multiply onto X of shape ``[rows, d_n, columns]``."""

@@ -25,6 +25,7 @@ from benchmarks.workloads import (
     numbers,
     vectors,
 )
+from sirfshampoo.structures import SUPPORTED_STRUCTURES
 
 TINY = WORKLOADS["tiny"]()
 
@@ -116,7 +117,8 @@ def test_contestants_cover_structures_dtypes_and_periods() -> None:
         if isinstance(c.structures, str) and c.package == "ours"
     }
     for dtype in ("float32", "bfloat16"):
-        assert {(name, dtype, 1) for name in (*LIMITS, "dense")} <= found
+        assert {(name, dtype, 1) for name in (*SUPPORTED_STRUCTURES,)} <= found
+    assert set(LIMITS) <= {(c.title, c.dtype, c.T) for c in CONTESTANTS}
     ours = [c.spec() for c in CONTESTANTS if c.package == "ours"]
     official = [c.spec() for c in CONTESTANTS if c.package == "official"]
     assert len(official) == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from math import prod
 from typing import ClassVar, Self
 
@@ -21,10 +21,14 @@ def product(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """
     if scale == 0.0:  # torch leaves a half-precision result unwritten on a CPU
         return (A @ B).zero_()
-    if A.ndim == B.ndim == 3:
-        # also without a scale: `@` copies a transposed half-precision matrix on a CPU
-        return torch.baddbmm(A.new_empty(()), A, B, beta=0.0, alpha=scale)
-    return A @ B if scale == 1.0 else (A @ B).mul_(scale)
+    if A.ndim != B.ndim or A.ndim < 3:
+        return A @ B if scale == 1.0 else (A @ B).mul_(scale)
+    batch = A.shape[:-2]
+    if len(batch) > 1:
+        A, B = A.flatten(0, -3), B.flatten(0, -3)
+    # also without a scale: `@` copies a transposed half-precision matrix on a CPU
+    AB = torch.baddbmm(A.new_empty(()), A, B, beta=0.0, alpha=scale)
+    return AB if len(batch) == 1 else AB.unflatten(0, batch)
 
 
 def is_column_major(X: Tensor) -> bool:
@@ -159,8 +163,8 @@ class StructuredMatrix(ABC):
         """Return ``scale`` · Π(Kᵀ K)."""
 
     @abstractmethod
-    def outer(self) -> Self | None:
-        """Return K Kᵀ, or None if the structure is not closed under transposition."""
+    def outer(self) -> StructuredMatrix | None:
+        """Return K Kᵀ, or None if `outer_structure` has none for it."""
 
     @abstractmethod
     def diagonals(self) -> tuple[Tensor, ...]:
@@ -178,6 +182,16 @@ class StructuredMatrix(ABC):
     def multiplicity(self) -> tuple[Tensor | None, ...]:
         """Return, a field, how often each number stands in K; None: once each."""
         return (None,) * len(self.tensors())
+
+    @classmethod
+    def outer_structure(
+        cls, dim: int, dtype: torch.dtype
+    ) -> type[StructuredMatrix] | None:
+        """Return the structure of K Kᵀ, or None if no step should form that product.
+
+        It is that of K, unless K's structure is not closed under transposition.
+        """
+        return cls
 
     # ------------------------------------------------------------------- fields
 
@@ -228,12 +242,13 @@ class StructuredMatrix(ABC):
         return sum(map(prod, cls.layout(dim).values()))
 
     @classmethod
-    def flops(cls, dim: int, columns: int) -> int:
+    def flops(cls, dim: int, columns: int, dtype: torch.dtype = torch.float32) -> int:
         """Return about how many floating-point operations K X takes.
 
         Args:
             dim: The number of rows d of K.
             columns: The number of columns of X.
+            dtype: The data type of K.
 
         Returns:
             The number of operations; a multiplication with an addition counts two.
@@ -356,17 +371,14 @@ class StructuredMatrix(ABC):
                 entries = torch.linalg.vector_norm(entries, dim=-1)
             axes = tuple(range(self.batch_ndim, entries.ndim))
             norms.append(torch.linalg.vector_norm(entries, dim=axes, dtype=dtype))
-        if len(norms) == 1:
-            return norms[0]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        return total
+        return reduce(torch.hypot, norms)
 
-    def is_finite(self) -> Tensor:
-        """Return whether all entries are finite, ``[*batch]``."""
+    def probe(self) -> Tensor:
+        """Return numbers ``[*batch]`` that are finite only if all entries are."""
         dtype = accumulation_dtype(self.dtype)
         flat = [t.flatten(self.batch_ndim) for t in self.tensors()]
-        # a number that is not finite makes the sum so
-        return torch.stack([t.sum(-1, dtype=dtype) for t in flat]).sum(0).isfinite()
+        # an entry that is not finite makes the sum so
+        return reduce(torch.add, [t.sum(-1, dtype=dtype) for t in flat])
 
     def max_abs(self) -> Tensor:
         """Return the largest magnitude among the entries, ``[*batch]`` (0 if d = 0)."""

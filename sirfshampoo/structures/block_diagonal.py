@@ -60,8 +60,8 @@ class BlockDiagonalMatrix(StructuredMatrix):
         return head.unflatten(-2, (number, cls.BLOCK_SIZE)), last
 
     def matmul(self, other: Self, *, scale: float = 1.0) -> Self:
-        blocks, last = other.blocks * scale, other.last * scale
-        return type(self)(self.blocks @ blocks, self.last @ last)
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return type(self)(*(product(t, o, scale) for t, o in pairs))
 
     def matmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
         Y = torch.empty_like(X)
@@ -99,10 +99,10 @@ class BlockDiagonalMatrix(StructuredMatrix):
         return cls(blocks, product(last, last.mT, scale))
 
     def gram(self, *, scale: float = 1.0) -> Self:
-        return self.map(lambda t: (t.mT @ t).mul_(scale))
+        return self.map(lambda t: product(t.mT, t, scale))
 
     def outer(self) -> Self:
-        return self.map(lambda t: t @ t.mT)
+        return self.map(lambda t: product(t, t.mT))
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return tuple(t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())

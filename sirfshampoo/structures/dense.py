@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sirfshampoo.structures.base import (
     StructuredMatrix,
+    accumulation_dtype,
     product,
     product_like,
     sum_of_symmetric_products,
@@ -77,9 +78,10 @@ class DenseMatrix(StructuredMatrix):
         self.mat.baddbmm_(K, other.mat, alpha=alpha)
         return self
 
-    def is_finite(self) -> Tensor:
+    def probe(self) -> Tensor:
+        # a Gram matrix with a finite diagonal is finite
         (diagonal,) = self.diagonals()
-        return diagonal.isfinite().all(-1)
+        return diagonal.sum(-1, dtype=accumulation_dtype(self.dtype))
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return (self.mat.diagonal(dim1=-2, dim2=-1),)

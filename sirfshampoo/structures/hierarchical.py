@@ -118,6 +118,10 @@ class HierarchicalMatrix(StructuredMatrix):
         rows[..., a:, a : a + mid].mul_(2)
         return cls(rows, middle)
 
+    @classmethod
+    def outer_structure(cls, dim: int, dtype: torch.dtype) -> None:
+        return None
+
     def outer(self) -> None:
         return None
 

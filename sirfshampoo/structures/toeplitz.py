@@ -1,4 +1,4 @@
-"""Triangular Toeplitz matrices: one number a diagonal, products by FFT."""
+"""Triangular Toeplitz matrices: one number a diagonal, large products by FFT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.fft import irfft, rfft
 
-from sirfshampoo.structures.base import StructuredMatrix, accumulation_dtype
+from sirfshampoo.structures.base import (
+    StructuredMatrix,
+    accumulation_dtype,
+    product_like,
+)
+from sirfshampoo.structures.dense import DenseMatrix
 
 
 @lru_cache(maxsize=1024)
@@ -29,6 +34,18 @@ def _fft_length(dim: int) -> int:
             three *= 3
         five *= 5
     return best
+
+
+#: Up to which size products gather the whole matrix, by the bytes of a number; larger
+#: ones go by FFT, and so do those with too few columns to repay the gathering.
+#: Measured on a CPU.
+_GATHERED_UP_TO = {2: 512, 4: 256, 8: 128}
+_FEWEST_COLUMNS = 16
+
+
+def _is_gathered(dim: int, dtype: torch.dtype) -> bool:
+    """Return whether products with many columns multiply the gathered matrix."""
+    return dim <= _GATHERED_UP_TO[dtype.itemsize]
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -79,7 +96,9 @@ class ToeplitzMatrix(StructuredMatrix):
         return {"coeffs": (dim,)}
 
     @classmethod
-    def flops(cls, dim: int, columns: int) -> int:
+    def flops(cls, dim: int, columns: int, dtype: torch.dtype = torch.float32) -> int:
+        if _is_gathered(dim, dtype) and columns >= _FEWEST_COLUMNS:
+            return DenseMatrix.flops(dim, columns)
         n = _fft_length(dim)
         transform = ceil(2.5 * n * log2(n))  # of n real numbers
         product = 6 * (n // 2 + 1) + 2 * dim  # of spectra; of the main diagonal
@@ -103,6 +122,9 @@ class ToeplitzMatrix(StructuredMatrix):
         d = self.dim
         if X.numel() == 0:
             return X.clone()
+        if _is_gathered(d, self.dtype) and X.shape[-1] >= _FEWEST_COLUMNS:
+            upper = self._gathered_upper()
+            return product_like(upper if transposed else upper.mT, X, scale)
         k = _padded(self.coeffs * scale).unsqueeze(-2)  # [*batch, 1, n]
         diagonal = k[..., :1].clone()
         k[..., 0].zero_()
@@ -140,8 +162,14 @@ class ToeplitzMatrix(StructuredMatrix):
         spectrum = spectrum.mul_(_spectrum(_padded(k)).conj())
         return type(self)(self._project(_signal(spectrum, d), scale).to(k.dtype))
 
-    def outer(self) -> None:
-        return None
+    @classmethod
+    def outer_structure(cls, dim: int, dtype: torch.dtype) -> type[DenseMatrix] | None:
+        return DenseMatrix if _is_gathered(dim, dtype) else None
+
+    def outer(self) -> DenseMatrix | None:
+        if not _is_gathered(self.dim, self.dtype):
+            return None
+        return DenseMatrix(self.to_dense()).outer()
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return (self.coeffs[..., :1],)
@@ -156,10 +184,11 @@ class ToeplitzMatrix(StructuredMatrix):
         stacked = torch.stack(sums, dim=-1) if sums else S.new_zeros(S.shape[:-1])
         return cls(cls._project(stacked, 1.0).to(S.dtype))
 
-    def _to_dense_lower(self) -> Tensor:
-        row = torch.arange(self.dim, device=self.device)
-        offset = row.unsqueeze(1) - row
-        return self.coeffs[..., offset.clamp(min=0)].tril()
+    def _gathered_upper(self) -> Tensor:
+        """Return the upper triangular matrix of these coefficients."""
+        # row i: i zeros, then the first d − i coefficients
+        rows = torch.nn.functional.pad(self.coeffs, (max(self.dim - 1, 0), 0))
+        return rows.unfold(-1, self.dim, 1)[..., : self.dim, :].flip(-2)
 
     @abstractmethod
     def to_dense(self) -> Tensor: ...
@@ -176,7 +205,7 @@ class TrilToeplitzMatrix(ToeplitzMatrix):
         return self._multiply(X, scale, transposed=True)
 
     def to_dense(self) -> Tensor:
-        return self._to_dense_lower()
+        return self._gathered_upper().mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,4 +219,4 @@ class TriuToeplitzMatrix(ToeplitzMatrix):
         return self._multiply(X, scale, transposed=False)
 
     def to_dense(self) -> Tensor:
-        return self._to_dense_lower().mT.clone()
+        return self._gathered_upper()
