@@ -1,6 +1,7 @@
 """What the distributed tests run on every rank: each compares with one process."""
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -643,6 +644,24 @@ def crash_amid_a_save(folder: str, way: str) -> None:
     assert resumed == example(f"{folder}-b", *options, "--steps", "6")
 
 
+def copies() -> None:
+    """A deep copy and a pickle of an optimizer go on like the original."""
+    model = wrapped("ddp", make_model())  # FSDP forbids copies
+    optimizer = maker("dense")(model)
+    together(model, optimizer, steps=2)
+    deep = deepcopy(optimizer)
+    assert deep.global_step == 2
+    read = pickle.loads(pickle.dumps(optimizer))
+    # a group cannot travel: these are on all ranks now
+    (x, y), *_ = batches(1)
+    for copy in (deep, read):
+        copy.zero_grad()
+        mean_loss(copy._model, share(x), share(y)).backward()
+        copy.step()
+        assert copy.global_step == 3
+        assert copy.batch_size == ROWS
+
+
 # --- costs ----------------------------------------------------------------------------
 class Traffic(TorchDispatchMode):
     """Counts the bytes that reach this rank from others, in collectives of tensors."""
@@ -733,3 +752,26 @@ def spread_updates(way: str) -> None:
         of_first = found.clone()
         dist.broadcast(of_first, 0)
         assert torch.equal(found, of_first)
+
+
+# --- GPUs -----------------------------------------------------------------------------
+def on_gpus(way: str, owned: bool) -> None:
+    """Train on a GPU a rank, as one process does on a CPU."""
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    alone(expected, make)
+    model = model.cuda()
+    if way == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        model = shard(model, init_device_mesh("cuda", (dist.get_world_size(),)))
+    optimizer = make(model, shard_preconditioners=owned)
+    for x, y in batches():
+        optimizer.zero_grad()
+        x, y = share(x).cuda(), share(y).cuda()
+        mean_loss(model, x, y, dist.get_world_size()).backward()
+        optimizer.step()
+        assert optimizer.batch_size == ROWS
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (whole(p).cpu() - q).abs().max() <= 1e-9
+    optimizer.load_state_dict(optimizer.state_dict())

@@ -32,13 +32,17 @@ def context() -> Any:
     return found
 
 
-def join_ranks(rank: int, world: int, store: str, timeout: float = TIMEOUT) -> None:
+def join_ranks(
+    rank: int, world: int, store: str, timeout: float = TIMEOUT, backend: str = "gloo"
+) -> None:
     """Make this process one of several ranks."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
@@ -46,9 +50,9 @@ def join_ranks(rank: int, world: int, store: str, timeout: float = TIMEOUT) -> N
     )
 
 
-def _serve(rank: int, world: int, store: str, cases: Connection) -> None:
+def _serve(rank: int, world: int, store: str, backend: str, cases: Connection) -> None:
     """Run cases until there are no more."""
-    join_ranks(rank, world, store)
+    join_ranks(rank, world, store, backend=backend)
     with contextlib.suppress(EOFError):
         while True:
             case, arguments = cases.recv()
@@ -66,9 +70,9 @@ def _serve(rank: int, world: int, store: str, cases: Connection) -> None:
 class Ranks:
     """Processes that run cases, one after the other."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, backend: str = "gloo") -> None:
         """Set up nothing before the first case."""
-        self.world = world
+        self.world, self.backend = world, backend
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -77,7 +81,8 @@ class Ranks:
         ctx = context()
         for rank in range(self.world):
             here, there = ctx.Pipe()
-            arguments = (rank, self.world, str(Path(folder) / "store"), there)
+            store = str(Path(folder) / "store")
+            arguments = (rank, self.world, store, self.backend, there)
             process = ctx.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()

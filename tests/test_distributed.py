@@ -48,7 +48,7 @@ def some(options: str) -> Any:
     return pytest.param(options, marks=marks)
 
 
-ALL_OPTIONS = pytest.mark.parametrize("options", map(some, cases.OPTIONS))
+ALL_OPTIONS = pytest.mark.parametrize("options", [some(name) for name in cases.OPTIONS])
 
 
 @OWNED
@@ -255,3 +255,15 @@ def test_owners_spread_their_own_updates(
     request: pytest.FixtureRequest, ranks: str, way: str
 ) -> None:
     request.getfixturevalue(ranks).run(cases.spread_updates, way=way)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_gpus(backend: str) -> None:
+    ranks = Ranks(2, backend)
+    try:
+        for way in ("ddp", "fsdp"):
+            for owned in (False, True):
+                ranks.run(cases.on_gpus, way=way, owned=owned)
+    finally:
+        ranks.stop()

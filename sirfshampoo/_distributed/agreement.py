@@ -66,6 +66,10 @@ class Ranks:
         """Return this: a copy of an optimizer is on the same ranks."""
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: groups cannot travel, so it means all ranks."""
+        return {"_group": False if self._group is False else None, "_partners": []}
+
     def depend(self, params: Iterable[Tensor], owners: Exchange | None) -> None:
         """Take note of which ranks this one needs in a step.
 
