@@ -142,7 +142,9 @@ def test_model_built_on_meta(two: Ranks, before: bool) -> None:
     two.run(cases.built_on_meta, before=before)
 
 
-@pytest.mark.parametrize("case", [cases.plain_and_distributed, cases.own_training])
+@pytest.mark.parametrize(
+    "case", [cases.plain_and_distributed, cases.own_training, cases.copies]
+)
 def test_case(two: Ranks, case: Callable[[], None]) -> None:
     two.run(case)
 
