@@ -11,6 +11,7 @@ goes on from the last complete checkpoint. On GPUs it takes one for each process
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -254,7 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         train(args, device)
+        dist.barrier()  # nobody leaves while another still listens
     finally:
+        gc.collect()  # what refers to groups goes before them
         dist.destroy_process_group()
 
 
