@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test test-all check check-all bench bench-train conformance soak report clean
+.PHONY: help setup demo lint test test-all check check-all bench bench-train conformance scale soak report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
@@ -55,6 +55,9 @@ bench-train: setup ## train beside AdamW, Muon, SOAP, ... (hours, goes on where 
 
 conformance: setup ## measure every line of the compatibility table
 	@$(RUN) -m tests.conformance $(ARGS)
+
+scale: setup ## count bytes, operations and traffic on many ranks (a minute)
+	@$(RUN) -m benchmarks.scale $(ARGS)
 
 soak: setup ## train for 20,000 steps with each structure (15 minutes)
 	@$(RUN) -m benchmarks.soak $(ARGS)

@@ -32,6 +32,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "machine": tables.machine,
     "conformance": tables.conformance,
     "soak": tables.soak,
+    "ranks": tables.ranks,
+    "scale": tables.scale,
     "training": training.task,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
@@ -57,9 +59,14 @@ MARKER = re.compile(
 DEFAULT_NAME = "gpt256"
 TEXTS = tuple(
     ROOT / name
-    for name in ("README.md", "benchmarks/SPEED.md", "benchmarks/TRAINING.md")
+    for name in (
+        "README.md",
+        "benchmarks/SPEED.md",
+        "benchmarks/TRAINING.md",
+        "docs/many_devices.md",
+    )
 )
-OWN_NAMES = ("conformance", "scaling")
+OWN_NAMES = ("conformance", "scaling", "scale")
 """Tables whose results stand in a file of their own name."""
 
 

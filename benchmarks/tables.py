@@ -1,6 +1,6 @@
 """The tables drawn from a measurement, for the screen and for the README."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,6 +324,73 @@ def where(env: dict[str, Any]) -> str:
         f"Measured {env['date']}{commit} on {machine}, {threads}, "
         f"torch {env['torch']}, Python {env['python']}."
     )
+
+
+def ranks(result: dict[str, Any]) -> Grid:
+    """Tell what was counted on ranks of this machine, and what was predicted."""
+    header = ("", "ranks", "MiB of state", "MFLOP a step", "MiB received a step")
+    lines: list[tuple[str, ...]] = []
+    for run in result["measured"]:
+        name = {"ddp": "DDP", "fsdp": "FSDP2"}[run["way"]]
+        name += ", sharded pre-conditioners" if run["owned"] else ""
+        cells = []
+        for key, unit in (("state", 2**20), ("flops", 1e6), ("received", 2**20)):
+            counted, predicted = run[key]
+            same = "=" if counted == predicted else f"≠ {predicted / unit:.3f}"
+            cells.append(f"{counted / unit:.3f} {same}")
+        lines.append((name, f"{run['ranks']}", *cells))
+    lines.sort(key=lambda cells: cells[0])  # stable: ranks stay in their order
+    notes = [
+        f"{where(result['environment'])} Workload {result['workload']} in float32, "
+        "dense matrices, T = 1: the most on any rank, counted on processes of one "
+        "machine (gloo); `=`: what was predicted, to the byte or the operation. State: "
+        "factors and all momenta; operations: of matrix products; received: tensors "
+        "that reach a rank in a step of the optimizer, besides the gradients that DDP "
+        "and FSDP2 reduce by themselves."
+    ]
+    return Grid(header, lines, notes)
+
+
+def scale(result: dict[str, Any]) -> Grid:
+    """Tell what is predicted for large models on many ranks."""
+    header = (
+        "GPT, factors",
+        "ranks",
+        "GiB on a rank",
+        "TFLOP a step",
+        "GiB received",
+        "share of a step",
+    )
+    lines: list[tuple[str, ...]] = []
+    pairs = zip(result["predicted"][::2], result["predicted"][1::2], strict=True)
+    for whole, owned in pairs:
+
+        def both(
+            text: Callable[[dict[str, Any]], str], pair: Any = (whole, owned)
+        ) -> str:
+            return " → ".join(map(text, pair))
+
+        lines.append(
+            (
+                f"{whole['model']}, {whole['factors']}",
+                f"{whole['ranks']:,}",
+                both(lambda r: f"{r['bytes'] / 2**30:,.2f}"),
+                both(lambda r: f"{r['flops'] / 1e12:,.2f}"),
+                both(lambda r: f"{r['received'] / 2**30:,.2f}"),
+                both(lambda r: f"{100 * r['share']:.1f}%"),
+            )
+        )
+    assumed = result["assumed"]
+    notes = [
+        "Predicted, not measured: every rank holds all pre-conditioners → each "
+        "pre-conditioner on one rank (the most on any rank). FSDP2, all in bfloat16, "
+        f"T = {assumed['T']}, {assumed['tokens']:,} tokens on each rank in a step. The "
+        f"share assumes {assumed['rate'] / 1e12:,.0f} TFLOP/s in products, "
+        f"{assumed['memory'] / 1e12:,.0f} TB/s of memory and "
+        f"{assumed['network'] / 1e9:,.0f} GB/s to each rank, 6 operations a parameter "
+        "and token for training, and nothing that overlaps."
+    ]
+    return Grid(header, lines, notes)
 
 
 def soak(result: dict[str, Any]) -> Grid:

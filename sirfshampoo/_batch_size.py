@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import unserializable_hook
 
+from sirfshampoo._distributed import is_dtensor, local
+
 BatchSize = int | Callable[..., int]
 _Gradients = list[tuple[Tensor | None, int]]
 
@@ -104,6 +106,7 @@ class BatchSizeCounter:
         self._period = 0  # changes whenever the count is forgotten
         # what gradients flow back from, in each backward pass that is under way
         self._arriving: dict[int, list[_ForwardPass]] = {}
+        self._held_back: list[_ForwardPass] = []  # their gradients, by FSDP
         if callable(batch_size):
             self._count = batch_size
             self._takes_keywords = _takes_keywords(batch_size)
@@ -185,7 +188,12 @@ class BatchSizeCounter:
         arrived = self._arriving.pop(task, [])
         pairs = zip(self._gradients(), before, strict=True)
         if all(now is was and version == old for (now, version), (was, old) in pairs):
-            return  # gradients with respect to something else
+            # gradients with respect to something else; or, of shards, ones that come
+            # into ``.grad`` when the ranks communicate next, whatever is reset before
+            if any(is_dtensor(p) for p in self.params):
+                self._held_back += arrived
+            return
+        arrived, self._held_back = self._held_back + arrived, []
         for forward in arrived:
             self._announced = max(self._announced - forward.announced, 0)
             forward.announced = 0
@@ -195,29 +203,38 @@ class BatchSizeCounter:
 
     def _gradients(self) -> _Gradients:
         """Return the present gradients, each with a number that changes with it."""
-        grads = [p.grad for p in self.params]
+        # what is added to a shard does not show in the version of the whole
+        grads = [None if p.grad is None else local(p.grad) for p in self.params]
         return [(g, -1 if g is None else g._version) for g in grads]
 
     # ------------------------------------------------------------------------- step
 
-    def read(self) -> int:
+    def counted(self) -> int | None:
+        """Return the number of examples counted here; None if it is not counted."""
+        if self._count is None:
+            return None
+        # gradients may be computed without a backward pass, then the forward counts
+        return self._counted or self._announced
+
+    def read(self, counted: int) -> int:
         """Return the batch size of the present gradients.
+
+        Args:
+            counted: What `counted` returned, summed over the ranks.
 
         Raises:
             RuntimeError: If nothing was counted since the last step.
         """
         if self._count is None:
             return self._last
-        # gradients may be computed without a backward pass, then the forward counts
-        size = self._counted or self._announced
-        if size == 0:
+        if counted == 0:
             raise RuntimeError(
                 "No examples were counted since the last step, so the batch size is "
                 "unknown. They count if the model given to the optimizer is called "
                 "itself, with gradients enabled, and gradients flow back from what it "
                 "returns. Otherwise, pass 'batch_size' as an integer."
             )
-        return size
+        return counted
 
     def forget(self) -> None:
         """Note that the gradients are gone."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sirfshampoo._config import (
@@ -20,15 +21,26 @@ Group = Mapping[str, Any]
 
 
 def without_code(group: Group) -> dict[str, Any]:
-    """Return a parameter group less the options that are code, not numbers.
+    """Return a parameter group as plain values.
 
-    A learning rate that is a tensor becomes a number.
+    None stands for options that are code: torch.distributed.checkpoint looks for every
+    key of the group. Types go by name, because it refuses them;
+    a learning rate that is a tensor, as a number.
     """
-    return {
-        key: value
+    plain = {
+        key: None if key == "combine_params" or callable(value) else value
         for key, value in {**group, **plain_numbers(group)}.items()
-        if key != "combine_params" and not (key == "T" and callable(value))
     }
+    types = group["preconditioner_dtypes"]
+    plain["preconditioner_dtypes"] = tuple(str(t).removeprefix("torch.") for t in types)
+    return plain
+
+
+def _with_types(group: Group) -> dict[str, Any]:
+    """Return a saved group in which types are no names."""
+    types = group["preconditioner_dtypes"]
+    found = [getattr(torch, t, t) if isinstance(t, str) else t for t in types]
+    return {**group, "preconditioner_dtypes": tuple(found)}
 
 
 def with_code(saved: Group, present: Group) -> dict[str, Any]:
@@ -39,7 +51,11 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     """
     code = {key: present[key] for key in ("params", "combine_params")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
-    loaded = {**code, **absent, **deepcopy(dict(saved)), **plain_numbers(saved), **code}
+    known = {key: value for key, value in saved.items() if key not in code}
+    if known.get("T", 0) is None:
+        del known["T"]
+    known = {**_with_types(deepcopy(known)), **plain_numbers(saved)}
+    loaded = {**code, **absent, **known}
     if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks for it
         loaded["lr"] = present["lr"].fill_(loaded["lr"])
     return loaded
@@ -78,10 +94,15 @@ def check_fit(
         _check_group(f"group {i}", saved, present)
         for key, p in zip(saved["params"], present["params"], strict=True):
             entries = dict(state_dict["state"].get(key, {}))
+            if not entries and not p.requires_grad:
+                continue  # torch.distributed.checkpoint leaves out what is frozen
             _check_entries(f"parameter {key}", entries, p, state[p])
             by_parameter[p] = entries
 
-    steps = {int(e["step"]) for e in by_parameter.values() if "step" in e}
+    # of what is frozen, torch.distributed.checkpoint may leave the present state
+    trained = [e for p, e in by_parameter.items() if p.requires_grad]
+    told = [e for e in trained or by_parameter.values() if "step" in e]
+    steps = {int(e["step"]) for e in told}
     steps |= {state_dict["global_step"]} if "global_step" in state_dict else set()
     if len(steps) > 1 or any(not isinstance(s, int) or s < 0 for s in steps):
         raise ValueError(
@@ -108,7 +129,9 @@ def _check_group(owner: str, saved: Group, present: Group) -> None:
             f"Argument 'state_dict' must have the structures {present['structures']} "
             f"in {owner}, got {saved['structures']!r}."
         )
-    given = without_code(saved)
+    saved = _with_types(saved)
+    given = {key: value for key, value in saved.items() if value is not None}
+    given.pop("combine_params", None)
     given["alpha1"] = given.pop(CYCLED_MOMENTUM, given["alpha1"])
     check_options(given)
     ndim = len(present["structures"])

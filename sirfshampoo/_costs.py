@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Size
 
+from sirfshampoo._distributed import local
 from sirfshampoo._units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
 
@@ -136,7 +137,7 @@ def _among(structure: type[StructuredMatrix], dim: int) -> int:
 
 
 def momentum_bytes(unit: Unit, group: Mapping[str, Any]) -> int:
-    """Return the bytes of the momentum buffers of a unit's parameters."""
+    """Return the bytes of the momentum buffers of a unit's parameters on this rank."""
     if not group["alpha1"]:
         return 0
-    return sum(p.numel() * p.element_size() for p in unit.params)
+    return sum(local(p).numel() * p.element_size() for p in unit.params)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sirfshampoo._distributed import distributed_like, local, whole_rows
 from sirfshampoo._stack import Stack
-from sirfshampoo._units import Unit
+from sirfshampoo._units import Unit, joint_gradients
 from sirfshampoo.structures.base import accumulation_dtype
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.
@@ -34,7 +35,9 @@ def diagnostics(
     for stack in stacks:
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
-            of_unit[unit.group] = _of_row(stack, row, lr)
+            direction = _direction(stack, row)  # needs all ranks, whoever holds it
+            if stack.held:
+                of_unit[unit.group] = _of_row(stack, row, lr, direction)
     joined = ["+".join(of_unit) for of_unit in names]
     # names that users gave need not differ
     times = Counter(joined)
@@ -51,14 +54,27 @@ def diagnostics(
     return told
 
 
-def _of_row(stack: Stack, row: int, lr: float) -> dict[str, Tensor]:
+def _direction(stack: Stack, row: int) -> list[Tensor]:
+    """Return what a unit's parameters move along; nothing if that is not known here."""
+    unit = stack.units[row]
+    if stack.V is not None:
+        return [
+            whole_rows([distributed_like(V_j[row], p)], p)
+            for V_j, p in zip(stack.V, unit.params, strict=True)
+            if len(V_j)
+        ]
+    if not unit.has_gradients():
+        return []
+    G = joint_gradients([unit])
+    return [stack.precondition(slice(row, row + 1), G)] if stack.held else []
+
+
+def _of_row(
+    stack: Stack, row: int, lr: float, direction: list[Tensor]
+) -> dict[str, Tensor]:
     """Return numbers on a unit as 0-d tensors."""
     unit = stack.units[row]
     zero = torch.zeros((), dtype=torch.float64, device=stack.skipped.device)
-    direction = momentum = [V_j[row].flatten() for V_j in stack.V or []]
-    if not momentum and unit.has_gradients():
-        G = unit.joint_gradient().unsqueeze(0)
-        direction = [stack.precondition(slice(row, row + 1), G)]
     norms = [
         torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
         for t in direction
@@ -66,7 +82,7 @@ def _of_row(stack: Stack, row: int, lr: float) -> dict[str, Tensor]:
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else zero / zero
     return {
         "update_rms": norm * (lr / max(unit.dims.numel(), 1) ** 0.5),
-        "momentum_norm": norm if momentum else zero,
+        "momentum_norm": zero if stack.V is None else norm,
         **{f"K{n}_norm": K_n[row].norm() for n, K_n in enumerate(stack.K)},
         "skipped": stack.skipped[row],
     }
@@ -113,7 +129,7 @@ def warn_of_non_finite_gradients(
         name
         for unit in units
         for name, p in zip(names[unit.group], unit.params, strict=True)
-        if p.grad is not None and not bool(p.grad.isfinite().all())
+        if p.grad is not None and not bool(local(p.grad).isfinite().all())
     ]
     if sick:
         warnings.warn(

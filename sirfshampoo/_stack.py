@@ -11,8 +11,16 @@ from torch import Tensor
 
 from sirfshampoo import _elementwise
 from sirfshampoo._costs import interval_of
+from sirfshampoo._distributed import (
+    distributed_like,
+    fill,
+    is_dtensor,
+    local,
+    placement,
+    shard_rows,
+)
 from sirfshampoo._kept import KeptProducts, Preparation
-from sirfshampoo._units import Unit
+from sirfshampoo._units import Unit, joint_gradients, stacked
 from sirfshampoo._update import (
     Workspace,
     descend,
@@ -81,20 +89,37 @@ class Stack:
 
     Attributes:
         units: The units, one a row.
+        held: Whether the factors lie on this rank.
         K: The Kronecker factor of each axis, ``[rows, d_n, d_n]``.
         m: Their Riemannian momenta; None if there are none.
-        V: The momentum of each of a unit's parameters, ``[rows, *shape]``; None if
-            there is none.
+        V: The momentum of each of a unit's parameters, ``[rows, *shape]``, of what is
+            distributed the shard on this rank; None if there is none.
         step: The number of steps taken, ``[rows]``, on the CPU.
         skipped: The number of steps sat out for a non-finite gradient, ``[rows]``.
     """
 
     def __init__(
-        self, units: Sequence[Unit], *, has_m: bool, has_V: bool, step: int
+        self,
+        units: Sequence[Unit],
+        *,
+        has_m: bool,
+        has_V: bool,
+        step: int,
+        held: bool = True,
     ) -> None:
-        """Set up the stack as at the start of training, at a global step."""
-        self.units = units
-        first, batch = units[0], (len(units),)
+        """Set up the stack as at the start of training, at a global step.
+
+        Args:
+            units: The units, one a row.
+            has_m: Whether the factors have momenta.
+            has_V: Whether the parameters have momenta.
+            step: The global step.
+            held: Whether the factors lie on this rank. If not, their tensors and the
+                momenta of whole parameters have no rows.
+        """
+        self.units, self.held = units, held
+        first = units[0]
+        batch = (len(units) if held else 0,)
         device = first.params[0].device
         axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
         self.K = [
@@ -109,14 +134,8 @@ class Stack:
             ]
         self.V = None
         if has_V:
-            self.V = [
-                # one parameter keeps its memory format
-                torch.zeros_like(p.detach()).unsqueeze(0)
-                if len(units) == 1
-                else torch.zeros(*batch, *p.shape, dtype=p.dtype, device=device)
-                for p in first.params
-            ]
-        self.step = torch.full(batch, step, dtype=torch.int64)
+            self.V = [self._momentum(p) for p in first.params]
+        self.step = torch.full((len(units),), step, dtype=torch.int64)
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
         self._kinds = [(p.device, p.dtype) for p in first.params]
@@ -124,10 +143,23 @@ class Stack:
         self._placed: list[tuple[Tensor, str, Tensor]] = []
         self._products = KeptProducts(self.K, first.dims)
 
+    def _momentum(self, p: Tensor) -> Tensor:
+        """Return a momentum of zeros for parameters like p, ``[rows, *shape]``."""
+        shard, rows = local(p.detach()), len(self.units)
+        if not self.held and not is_dtensor(p):
+            rows = 0  # shards of a momentum lie with those of its parameter
+        if rows == 1:  # one parameter keeps its memory format
+            return torch.zeros_like(shard).unsqueeze(0)
+        return shard.new_zeros(rows, *shard.shape)
+
     # ------------------------------------------------------------------------ state
 
-    def _rows(self) -> Iterator[tuple[int, int, str, Tensor]]:
-        """Yield row, position of the parameter in its unit, key and tensor."""
+    def _rows(self) -> Iterator[tuple[int, int, str, Tensor, bool]]:
+        """Yield row, position of the parameter in its unit, key, tensor, if held here.
+
+        What is not held here is stood in for by a tensor without rows, so that every
+        rank has the same keys.
+        """
         matrices = {f"K{n}": K_n for n, K_n in enumerate(self.K)}
         matrices |= {f"m{n}": m_n for n, m_n in enumerate(self.m or [])}
         fields = {
@@ -135,22 +167,36 @@ class Stack:
             for name, matrix in matrices.items()
             for field, tensor in matrix.named_tensors()
         }
-        stacked = [(0, "step", self.step), (0, "skipped", self.skipped)]
-        stacked += [(0, key, tensor) for key, tensor in fields.items()]
-        stacked += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
-        for position, key, tensor in stacked:
-            for row, view in enumerate(tensor.unbind(0)):
-                yield row, position, key, view
+        entries = [(0, "step", self.step), (0, "skipped", self.skipped)]
+        entries += [(0, key, tensor) for key, tensor in fields.items()]
+        entries += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
+        for position, key, tensor in entries:
+            held = len(tensor) == len(self.units)
+            for row, unit in enumerate(self.units):
+                view = tensor[row] if held else tensor
+                if key == "momentum_buffer":
+                    view = distributed_like(view, unit.params[position])
+                yield row, position, key, view, held
 
     def place(self, state: dict[Tensor, State]) -> None:
         """Take over the numbers in the optimizer's state and leave the rows there."""
         self._placed = []
-        for row, position, key, view in self._rows():
+        for row, position, key, view, held in self._rows():
             p = self.units[row].params[position]
-            if key in state[p]:
-                view.copy_(state[p][key])
+            # without numbers there is nothing to take over
+            if held and key in state[p] and not state[p][key].is_meta:
+                fill(view, state[p][key])
             state[p][key] = view
             self._placed.append((p, key, view))
+
+    def entries(self) -> Iterator[tuple[Tensor, str, Tensor, bool]]:
+        """Yield parameter, key and tensor of all that the state holds for this stack.
+
+        The last entry tells whether it is held here, or stood in for by a tensor
+        without rows, ``[0, *shape]``.
+        """
+        for row, position, key, view, held in self._rows():
+            yield self.units[row].params[position], key, view, held
 
     def is_current(
         self, state: Mapping[Tensor, State], groups: Sequence[Mapping[str, Any]]
@@ -204,7 +250,9 @@ class Stack:
         tasks = []
         for rows, shared in self.runs(settings):
             interval = 1 if self._elementwise else shared.interval
-            products = self._products.plan(rows, interval, due=shared.due)
+            products = self._products.for_once()
+            if self.held:
+                products = self._products.plan(rows, interval, due=shared.due)
             lrs = []
             if shared.lr is None:
                 lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
@@ -218,9 +266,21 @@ class Stack:
 
     def take_step(self, task: Task, batch_size: int, workspace: Workspace) -> None:
         """Update factors (if due), momenta and parameters of a run of rows."""
-        _, rows, settings, products, lrs, skipped = task
-        units = self.units[rows]
-        G = _stacked([unit.joint_gradient() for unit in units])
+        units = self.units[task.rows]
+        U, moves = self.learn(task, joint_gradients(units), batch_size, workspace)
+        for j, U_j in enumerate(U):
+            self.descend(task, j, shard_rows(U_j, units[0].params[j]), moves)
+
+    def learn(
+        self, task: Task, G: Tensor, batch_size: int, workspace: Workspace
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Update the factors of a run of rows (if due) and pre-condition.
+
+        Returns:
+            The pre-conditioned gradients of each of a unit's parameters,
+            ``[rows, *shape]``, and which rows may move (None: all).
+        """
+        _, rows, settings, products, _, skipped = task
         moves = None
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
@@ -230,20 +290,30 @@ class Stack:
         moves = finite if moves is None else moves if finite is None else moves & finite
         if moves is not None:
             skipped.add_(~moves)
+        return _scattered(self.units[rows], U), moves
 
-        lr: Any = settings.lr
+    def descend(self, task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
+        """Move the j-th parameters of a run of rows, and their momentum.
+
+        Args:
+            task: What a step does with them.
+            j: The position of the parameters in their units.
+            U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is
+                distributed the shards on this rank; overwritten.
+            moves: Which rows move; None: all.
+        """
+        lr: Any = task.settings.lr
         if lr is None:
-            lr = _stacked([rate.reshape(()).to(G.device) for rate in lrs])
-        for j, U_j in enumerate(_scattered(units, U)):
-            descend(
-                [unit.params[j] for unit in units],
-                None if self.V is None else self.V[j][rows],
-                U_j,
-                moves=moves,
-                lr=lr,
-                alpha1=settings.alpha1,
-                kappa=settings.kappa,
-            )
+            lr = stacked([rate.reshape(()).to(U.device) for rate in task.lrs])
+        descend(
+            [local(unit.params[j]) for unit in self.units[task.rows]],
+            None if self.V is None else self.V[j][task.rows],
+            U,
+            moves=moves,
+            lr=lr,
+            alpha1=task.settings.alpha1,
+            kappa=task.settings.kappa,
+        )
 
     def _update(
         self,
@@ -291,18 +361,13 @@ class Stack:
         return matrices if whole else [matrix[rows] for matrix in matrices]
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Stack tensors along a new first axis; a stack of one is a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
 def _scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
     """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
     shapes, rule = [p.shape for p in units[0].params], units[0].rule
     if type(rule).ungroup is PerParameter.ungroup:
         return [U.reshape(len(units), *shapes[0])]
     rows = [rule.ungroup(row, shapes) for row in U.unbind(0)]
-    return [_stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
+    return [stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
 
 
 def stack_units(
@@ -311,6 +376,7 @@ def stack_units(
     state: dict[Tensor, State],
     *,
     step: int,
+    rank: int | None = None,
 ) -> list[Stack]:
     """Stack units that are alike, with the numbers that the state holds for them.
 
@@ -319,6 +385,7 @@ def stack_units(
         groups: Their parameter groups.
         state: The optimizer's state; the rows of the stacks are left there.
         step: The optimizer's global step, for units that have no state yet.
+        rank: This rank; it holds the factors of its units and of those without owner.
     """
     alike: dict[Any, list[Unit]] = {}
     for unit in units:
@@ -328,22 +395,24 @@ def stack_units(
         key = (
             has_m,
             has_V,
+            unit.owner,
             id(unit.rule),
             unit.dims,
             unit.structures,
             unit.dtypes,
-            *((p.shape, p.dtype, p.device) for p in unit.params),
+            *((p.shape, p.dtype, p.device, placement(p)) for p in unit.params),
         )
         alike.setdefault(key, []).append(unit)
 
     stacks = []
-    for (has_m, has_V, *_), members in alike.items():
+    for (has_m, has_V, owner, *_), members in alike.items():
         device = members[0].params[0].device.type
         limit = _STACK_LIMIT.get(device, _STACK_LIMIT_ELSEWHERE)
         rows = max(limit // max(members[0].working_set, 1), 1)
         for start in range(0, len(members), rows):
             chunk = members[start : start + rows]
-            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step)
+            held = owner is None or owner == rank
+            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step, held=held)
             stack.place(state)
             stacks.append(stack)
     return stacks

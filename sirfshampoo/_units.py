@@ -17,7 +17,8 @@ from sirfshampoo._config import (
     own_numbers,
     structures_of_axes,
 )
-from sirfshampoo.combiner import PreconditionerGroup
+from sirfshampoo._distributed import is_dtensor, whole_rows
+from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import structure_class
 
 
@@ -32,6 +33,7 @@ class Unit:
         dims: The shape of that tensor.
         structures: The structure of each axis' Kronecker factor.
         dtypes: The type of each axis' Kronecker factor.
+        owner: The rank that holds the factors; None: every rank.
     """
 
     group: int
@@ -40,6 +42,7 @@ class Unit:
     dims: Size
     structures: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    owner: int | None = None
 
     @property
     def num_stored(self) -> int:
@@ -73,9 +76,33 @@ class Unit:
                 )
         return complete and self.dims.numel() > 0
 
-    def joint_gradient(self) -> Tensor:
-        """Return the gradients of the parameters, joined."""
-        return self.rule.group([p.grad for p in self.params if p.grad is not None])
+
+def joint_gradients(units: Sequence[Unit]) -> Tensor:
+    """Return the joint gradients ``[rows, *dims]`` of units that are alike.
+
+    A rule sees whole gradients, wherever their shards lie.
+    """
+    first, group = units[0], units[0].rule.group
+    if not any(is_dtensor(p) for p in first.params):
+        return stacked([group([p.grad for p in unit.params]) for unit in units])  # type: ignore[misc]
+    wholes = [
+        whole_rows([unit.params[j].grad for unit in units], like)  # type: ignore[misc]
+        for j, like in enumerate(first.params)
+    ]
+    return joined(units, wholes)
+
+
+def joined(units: Sequence[Unit], wholes: Sequence[Tensor]) -> Tensor:
+    """Join whole gradients of each of a unit's parameters, ``[rows, *shape]`` each."""
+    rule = units[0].rule
+    if type(rule).group is PerParameter.group:
+        return wholes[0].reshape(len(units), *units[0].dims)
+    return stacked([rule.group(list(row)) for row in zip(*wholes, strict=True)])
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """Stack tensors along a new first axis; a stack of one is a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 @torch.no_grad()
@@ -174,9 +201,14 @@ def _joint_tensor(
         return joint, [part.shape for part in rule.ungroup(joint, list(shapes))]
 
     try:  # without numbers, joining takes no memory
-        joint, parts = join([torch.empty_like(p, device="meta") for p in params])
+        joint, parts = join(
+            [
+                torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+                for p in params
+            ]
+        )
     except Exception:  # a user's rule may need them; if it is wrong, it fails again
-        joint, parts = join(list(params))
+        joint, parts = join([whole_rows([p], p).squeeze(0) for p in params])
     if joint.ndim == 0 or parts != shapes:
         raise ValueError(
             f"Argument 'combine_params' must hold rules whose 'group' returns a tensor "

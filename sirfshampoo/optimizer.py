@@ -6,7 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ from sirfshampoo._diagnostics import (
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
+from sirfshampoo._distributed import Ranks, is_initialized
 from sirfshampoo._memory import check_memory
+from sirfshampoo._owners import Owners
 from sirfshampoo._precision import full_precision
 from sirfshampoo._spread import spread
 from sirfshampoo._stack import Settings, Stack, Task, stack_units
@@ -43,6 +45,10 @@ from sirfshampoo._units import Unit, form_units
 from sirfshampoo._update import Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["DEFAULT_COMBINE_PARAMS", "SIRFShampoo", "get_batch_size"]
 
@@ -126,6 +132,8 @@ class SIRFShampoo(Optimizer):
         verbose_init: bool = False,
         *,
         spread_updates: bool = False,
+        process_group: ProcessGroup | DeviceMesh | Literal[False] | None = None,
+        shard_preconditioners: ProcessGroup | DeviceMesh | bool = False,
     ) -> None:
         """Set up the optimizer.
 
@@ -181,6 +189,19 @@ class SIRFShampoo(Optimizer):
                 counted operations are balanced; it follows from shapes, structures,
                 ``T`` and whether ``lam`` is 0, in the order of the groups, hence a
                 checkpoint holds nothing of it. A callable ``T`` keeps its own mind.
+                Where pre-conditioners are sharded, it is each rank that is balanced,
+                hence the steps of updates depend on the number of ranks.
+            process_group: The ranks of ``torch.distributed`` that see different
+                examples: examples that are counted are summed over them once a step.
+                A process group, a mesh of devices, or False if this rank trains by
+                itself. An integer `batch_size` is that of all ranks, and not summed.
+                Default: the group of ``DistributedDataParallel`` if `model` is one,
+                else all ranks.
+            shard_preconditioners: Whether each pre-conditioner lies on one rank alone,
+                which pre-conditions for all; they are balanced by counted operations.
+                True, or the ranks to share them: a process group or a mesh of one
+                dimension, each with the same gradients or shards of them. All ranks
+                must call `state_dict`, `load_state_dict` and `diagnostics` then.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -215,6 +236,10 @@ class SIRFShampoo(Optimizer):
         # the phase of each group, and what it follows from
         self._phases: tuple[Any, list[int]] = None, []
         self._batch_size = BatchSizeCounter(batch_size)
+        self._ranks = Ranks(process_group, self._model)
+        self._owners: Owners | None = None
+        if shard_preconditioners is not False and is_initialized():
+            self._owners = Owners(shard_preconditioners)
         self._hook: ForwardHook | None = None
         self._is_set_up = False
         self._told: set[int] = set()  # units whose missing gradients were told
@@ -291,6 +316,8 @@ class SIRFShampoo(Optimizer):
             self.param_groups = before
         if self.spread_updates and callable(given["T"]):
             warn_of_callable_interval(names)
+        if self._owners is not None:
+            units = self._owners.assign(units, [*before, *groups], self._units)
         if self._is_set_up:  # else the constructor does it once for all
             self._identified.clear()
             self._check_memory([*self._units, *units], [*before, *groups])
@@ -304,7 +331,12 @@ class SIRFShampoo(Optimizer):
         self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
     ) -> None:
         """Check that there is memory for what `_restack` allocates."""
-        check_memory(units, groups, self._names_of)
+        held = [unit for unit in units if self._holds(unit)]
+        check_memory(held, groups, self._names_of)
+
+    def _holds(self, unit: Unit) -> bool:
+        """Return whether this rank holds the factors of a unit."""
+        return self._owners is None or unit.owner == self._owners.rank
 
     def _identify(
         self, rule: PreconditionerGroup, params: Sequence[Tensor]
@@ -367,14 +399,19 @@ class SIRFShampoo(Optimizer):
             )
         stacks, tasks, batch_size = self._plan()
         with full_precision({stack.skipped.device.type for stack in stacks}):
-            _take_steps(tasks, batch_size, self._workspace)
+            take_steps = (
+                _take_steps if self._owners is None else self._owners.take_steps
+            )
+            take_steps(tasks, batch_size, self._workspace)
         self._close(batch_size)
 
     @untraced
     def _plan(self) -> tuple[list[Stack], list[Task], int]:
         """Return the stacks, what is to be done with them, and the batch size."""
-        present = [unit.has_gradients() for unit in self._units]
-        batch_size = self._batch_size.read() if any(present) else 0
+        present, counted = self._ranks.agree(
+            [unit.has_gradients() for unit in self._units], self._batch_size.counted()
+        )
+        batch_size = self._batch_size.read(counted) if any(present) else 0
         partly_missing = partly_missing_gradients(self._units) - self._told
         if partly_missing:
             self._told |= partly_missing
@@ -437,18 +474,31 @@ class SIRFShampoo(Optimizer):
         reason = [(group["T"], bool(group["lam"])) for group in groups]
         if reason != self._phases[0]:
             costs = [cost_of(unit, groups[unit.group]) for unit in self._units]
-            updates = [cost.update_flops for cost in costs]
-            phases = spread(updates, [period_of(group) for group in groups])
+            phases = [0] * len(groups)
+            for owner in {unit.owner for unit in self._units}:  # each is balanced
+                own = [i for i, unit in enumerate(self._units) if unit.owner == owner]
+                updates = [costs[i].update_flops for i in own]
+                found = spread(updates, [period_of(groups[i]) for i in own])
+                for i, phase in zip(own, found, strict=True):
+                    phases[i] = phase
             self._phases = reason, phases
         return self._phases[1]
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
+        self._ranks.depend(
+            (p for unit in self._units for p in unit.params),
+            None if self._owners is None else self._owners.exchange,
+        )
         phases = self._present_phases()
         # rows that are updated in the same steps are neighbours
         units = sorted(self._units, key=lambda unit: phases[unit.group])
         self._stacks = stack_units(
-            units, self.param_groups, self.state, step=self.global_step
+            units,
+            self.param_groups,
+            self.state,
+            step=self.global_step,
+            rank=None if self._owners is None else self._owners.rank,
         )
         return self._stacks
 
@@ -465,30 +515,43 @@ class SIRFShampoo(Optimizer):
 
     @property
     def batch_size(self) -> int:
-        """The number of examples counted for the present (or last) step."""
+        """The number of examples counted for the present (or last) step.
+
+        Of several ranks, this one's before the step, that of all after it.
+        """
         return self._batch_size.value
 
     @property
     def preconditioner(self) -> list[list[StructuredMatrix]]:
-        """The Kronecker factors K_n of each group, as views of the state."""
+        """The Kronecker factors K_n of each group, as views of the state.
+
+        Of sharded pre-conditioners, what another rank holds is an empty list.
+        """
         factors: dict[int, list[StructuredMatrix]] = {}
-        for stack in self._current_stacks():
+        for stack in self._held_stacks():
             for row, unit in enumerate(stack.units):
                 factors[unit.group] = [K_n[row] for K_n in stack.K]
-        return [factors[i] for i in range(len(self._units))]
+        return [factors.get(i, []) for i in range(len(self._units))]
 
     @property
     def preconditioner_momenta(self) -> list[list[StructuredMatrix | None]]:
-        """The momenta m_n of each group, as views of the state; None without any."""
+        """The momenta m_n of each group, as views of the state; None without any.
+
+        Of sharded pre-conditioners, what another rank holds is an empty list.
+        """
         momenta: dict[int, list[StructuredMatrix | None]] = {}
-        for stack in self._current_stacks():
+        for stack in self._held_stacks():
             for row, unit in enumerate(stack.units):
                 momenta[unit.group] = (
                     [None] * len(stack.K)
                     if stack.m is None
                     else [m_n[row] for m_n in stack.m]
                 )
-        return [momenta[i] for i in range(len(self._units))]
+        return [momenta.get(i, []) for i in range(len(self._units))]
+
+    def _held_stacks(self) -> list[Stack]:
+        """Return the stacks whose factors lie on this rank."""
+        return [stack for stack in self._current_stacks() if stack.held]
 
     def _summary(self) -> Summary:
         """Return what the pre-conditioners are and cost."""
@@ -507,9 +570,10 @@ class SIRFShampoo(Optimizer):
             ``name/skipped``, the steps sat out because of a non-finite gradient. One
             wait for each device.
         """
-        return diagnostics(
+        told = diagnostics(
             self._current_stacks(), self.param_groups, self._unit_names()
         )
+        return told if self._owners is None else self._owners.exchange.joined(told)
 
     # ------------------------------------------------------------------- checkpoints
 
@@ -519,11 +583,18 @@ class SIRFShampoo(Optimizer):
         Returns:
             ``'state'``, ``'param_groups'`` and the attributes in `STATE_ATTRIBUTES`:
             tensors and plain values only, so that ``torch.load(weights_only=True)``
-            reads it. Options that are code (``combine_params``, a callable ``T``) are
-            left out.
+            reads it. In place of options that are code (``combine_params``, a callable
+            ``T``) stands None.
         """
-        self._current_stacks()  # a state that was put in by hand takes its place first
+        stacks = self._current_stacks()  # a state put in by hand takes its place first
         state_dict = super().state_dict()
+        if self._owners is not None:
+            params = (p for group in self.param_groups for p in group["params"])
+            number = {id(p): i for i, p in enumerate(params)}
+            state = {i: dict(e) for i, e in state_dict["state"].items()}
+            for p, key, tensor in self._owners.spread(stacks):
+                state[number[id(p)]][key] = tensor
+            state_dict["state"] = state
         groups = [without_code(group) for group in state_dict["param_groups"]]
         attributes = {name: getattr(self, name) for name in self.STATE_ATTRIBUTES}
         return {**state_dict, "param_groups": groups, **attributes}
@@ -544,7 +615,10 @@ class SIRFShampoo(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        saved, step = check_fit(state_dict, self.param_groups, self.state)
+        expected = self.state
+        if self._owners is not None:
+            expected = self._owners.template(self._current_stacks())  # type: ignore[assignment]
+        saved, step = check_fit(state_dict, self.param_groups, expected)
 
         pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
         self.param_groups = [with_code(group, present) for group, present in pairs]
@@ -552,10 +626,14 @@ class SIRFShampoo(Optimizer):
             replace(unit, dtypes=group["preconditioner_dtypes"])
             for unit, group in zip(self._units, self.param_groups, strict=True)
         ]
-        self.global_step = self.global_step if step is None else step
+        self._global_step = self.global_step if step is None else step
+        if self._owners is not None:
+            for unit in self._units:
+                saved |= self._owners.collect(unit, saved)
         for p, entries in saved.items():
             self.state[p] = entries
-        self._restack()
+        for stack in self._restack():
+            stack.step.fill_(self._global_step)  # also of what was not saved
 
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -41,9 +41,17 @@ def snapshot(optimizer: SIRFShampoo) -> Any:
 
 def test_constructor_has_the_documented_arguments_in_order() -> None:
     parameters = inspect.signature(SIRFShampoo).parameters
-    assert list(parameters) == ["model", *DOCUMENTED, "spread_updates"]
-    assert parameters["spread_updates"].kind is inspect.Parameter.KEYWORD_ONLY
+    positional = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    assert positional == ["model", *DOCUMENTED]
+    options = ["spread_updates", "process_group", "shard_preconditioners"]
+    assert list(parameters)[len(positional) :] == options
     assert parameters["spread_updates"].default is False
+    assert parameters["process_group"].default is None
+    assert parameters["shard_preconditioners"].default is False
     assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
 
 

@@ -1,0 +1,29 @@
+"""The only room that knows `torch.distributed`: DTensor, groups, collectives."""
+
+from sirfshampoo._distributed.agreement import Ranks
+from sirfshampoo._distributed.exchange import Exchange
+from sirfshampoo._distributed.groups import is_initialized
+from sirfshampoo._distributed.shards import (
+    distributed_like,
+    fill,
+    is_dtensor,
+    local,
+    placement,
+    shard_rows,
+    whole,
+    whole_rows,
+)
+
+__all__ = [
+    "Exchange",
+    "Ranks",
+    "distributed_like",
+    "fill",
+    "is_dtensor",
+    "is_initialized",
+    "local",
+    "placement",
+    "shard_rows",
+    "whole",
+    "whole_rows",
+]

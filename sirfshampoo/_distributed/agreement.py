@@ -1,0 +1,123 @@
+"""What all ranks must know alike before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from sirfshampoo._distributed.exchange import Exchange
+from sirfshampoo._distributed.groups import (
+    awaiting,
+    groups_of,
+    is_initialized,
+    is_mesh,
+    ranks_of,
+    reduced,
+)
+from sirfshampoo._distributed.shards import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def check_process_group(group: Any) -> None:
+    """Check the constructor's `process_group`."""
+    if group is None or group is False:
+        return
+    if not dist.is_available() or not (
+        isinstance(group, dist.ProcessGroup) or is_mesh(group)
+    ):
+        raise ValueError(
+            "Argument 'process_group' must be a torch.distributed process group, a "
+            "DeviceMesh, None (all ranks) or False (none but this one), got "
+            f"{group!r}."
+        )
+
+
+class Ranks:
+    """The ranks that see different examples of the same training.
+
+    Before each step they agree on what each of them must know alike: how many examples
+    there were, and which pre-conditioners have gradients on every rank.
+    """
+
+    def __init__(self, group: Any, model: Module | None) -> None:
+        """Take what the user gave; by default, ask the model, then take all ranks.
+
+        Args:
+            group: A process group, a mesh, None (by default) or False (no ranks).
+            model: The model; one that is wrapped in ``DistributedDataParallel`` knows
+                its process group.
+        """
+        check_process_group(group)
+        if group is None and isinstance(model, DistributedDataParallel):
+            group = model.process_group
+        self._group = group
+        self._partners: list[ProcessGroup | DeviceMesh] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """Return this: a copy of an optimizer is on the same ranks."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: groups cannot travel, so it means all ranks."""
+        return {"_group": False if self._group is False else None, "_partners": []}
+
+    def depend(self, params: Iterable[Tensor], owners: Exchange | None) -> None:
+        """Take note of which ranks this one needs in a step.
+
+        Args:
+            params: The parameters, each on all ranks of its mesh.
+            owners: Between whom pre-conditioners are shared, if they are.
+        """
+        meshes: dict[Any, None] = {p.device_mesh: None for p in params if is_dtensor(p)}
+        self._partners = [*meshes, *([] if owners is None else [owners.group])]
+
+    def _data_groups(self) -> list[ProcessGroup]:
+        """Return the groups over which, one after the other, examples are summed."""
+        if self._group is False or not is_initialized():
+            return []
+        groups = groups_of(dist.group.WORLD if self._group is None else self._group)
+        return [group for group in groups if dist.get_world_size(group) > 1]
+
+    def _other_groups(self, data: Sequence[ProcessGroup]) -> list[ProcessGroup]:
+        """Return groups of partners of which some are not asked in `data`."""
+        known: set[int] = set()
+        if is_mesh(self._group) or len(data) == 1:
+            known = ranks_of(self._group if is_mesh(self._group) else data[0])
+        others = [group for group in self._partners if not known >= ranks_of(group)]
+        groups = [part for group in others for part in groups_of(group)]
+        return [group for group in groups if dist.get_world_size(group) > 1]
+
+    def agree(self, present: list[bool], count: int | None) -> tuple[list[bool], int]:
+        """Return what all ranks know alike.
+
+        Args:
+            present: Whether each unit has gradients on this rank.
+            count: The number of examples on this rank; None if it is known anyway.
+
+        Returns:
+            Whether each unit has gradients on all ranks, and the sum of the examples.
+        """
+        data = self._data_groups()
+        if count is None and not self._partners:
+            data = []  # nobody depends on anybody
+        others = self._other_groups(data)
+        if not data and not others:
+            return present, count or 0
+        with awaiting("batch size and missing gradients"):
+            told = reduced([count or 0, *present], data, dist.ReduceOp.SUM)
+            ranks = prod(dist.get_world_size(group) for group in data)
+            everywhere = [number == ranks for number in told[1:]]
+            if others:
+                everywhere = [
+                    bool(n) for n in reduced(everywhere, others, dist.ReduceOp.MIN)
+                ]
+        return everywhere, told[0]

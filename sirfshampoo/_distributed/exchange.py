@@ -1,0 +1,390 @@
+"""Tensors on their way between the rank that owns something and all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sirfshampoo._distributed.groups import (
+    awaiting,
+    device_of,
+    groups_of,
+    is_mesh,
+    reduced,
+)
+from sirfshampoo._distributed.shards import is_dtensor, local, placement
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+# torch 2.13 calls it otherwise, and warns of the old name
+_all_gather: Any = getattr(dist, "all_gather_single", None)
+_all_gather = _all_gather or getattr(dist, "all_gather_into_tensor", None)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The part of a tensor that a rank has.
+
+    Attributes:
+        slices: Where it is in the whole tensor.
+        shape: Its shape.
+        sends: Whether this rank, of those that have it, sends it.
+    """
+
+    slices: tuple[slice, ...]
+    shape: torch.Size
+    sends: bool
+
+
+def _region(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return start and length, a axis, of the shard at a place in the mesh."""
+    parts = [(0, size) for size in tensor.shape]
+    for each, ranks, index in zip(
+        tensor.placements, tensor.device_mesh.mesh.shape, coordinate, strict=True
+    ):
+        if each.is_replicate():
+            continue
+        dim = getattr(each, "dim", None)
+        if dim is None or type(each).__name__ != "Shard":
+            raise ValueError(
+                "Argument 'shard_preconditioners' must be False for parameters that "
+                f"are neither sharded nor replicated, got the placement {each!r}."
+            )
+        start, size = parts[dim]
+        chunk = -(-size // ranks)
+        first = min(index * chunk, size)
+        parts[dim] = start + first, min(chunk, size - first)
+    return tuple(parts)
+
+
+Waiting = Callable[[], list[list[Tensor]]]
+
+
+class Exchange:
+    """Moves tensors between the ranks that own something and all the others.
+
+    Each call starts one collective for each type of number, and returns a function
+    that waits for it. All ranks must make the same calls in the same order.
+
+    Attributes:
+        group: The ranks.
+        size: The number of ranks.
+        rank: This one.
+    """
+
+    def __init__(self, group: Any) -> None:
+        """Exchange among the ranks of a process group or of a one-dimensional mesh."""
+        self.group = _only_group(group)
+        self.size = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
+        self._ranks = dist.get_process_group_ranks(self.group)
+        self._regions: dict[Any, list[_Region]] = {}
+        self._mesh: DeviceMesh | None = None
+
+    def check(self, params: Iterable[Tensor]) -> None:
+        """Check that these ranks together hold the parameters.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        for p in params:
+            if is_dtensor(p):
+                self._regions_of(p)
+
+    def _regions_of(self, p: DTensor) -> list[_Region]:
+        """Return the part of a tensor that each rank has."""
+        key = placement(p), p.shape
+        if key in self._regions:
+            return self._regions[key]
+        mesh, seen = p.device_mesh.mesh, set()
+        regions = []
+        for rank in self._ranks:
+            places = (mesh == rank).nonzero().tolist()
+            parts = _region(p, places[0]) if places else tuple((0, 0) for _ in p.shape)
+            shape = torch.Size(size for _, size in parts)
+            slices = tuple(slice(start, start + size) for start, size in parts)
+            sends = shape.numel() > 0 and bool(places) and parts not in seen
+            seen.add(parts)
+            regions.append(_Region(slices, shape, sends))
+        if sum(r.shape.numel() for r in regions if r.sends) != p.numel():
+            raise ValueError(
+                "Argument 'shard_preconditioners' must name ranks that together hold "
+                f"all parameters, got {self._ranks} for one on {p.device_mesh}."
+            )
+        self._regions[key] = regions
+        return regions
+
+    # ----------------------------------------------------------------- of parameters
+
+    def to_owners(
+        self, wanted: Sequence[tuple[int, Sequence[Tensor]]]
+    ) -> Callable[[], list[Tensor]]:
+        """Bring the shards of gradients to owners.
+
+        Args:
+            wanted: Owners, each with sharded parameters of equal shape.
+
+        Returns:
+            What waits for whole gradients, ``[rows, *shape]``, of what this rank owns.
+        """
+        send: list[list[Tensor]] = [[] for _ in range(self.size)]
+        expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
+        for owner, params in wanted:
+            for p in params:
+                regions = self._regions_of(p)  # type: ignore[arg-type]
+                if regions[self.rank].sends:
+                    send[owner].append(_shard_of_gradient(p))
+                if owner == self.rank:
+                    for rank, region in enumerate(regions):
+                        if region.sends:
+                            expect[rank].append((region.shape, p))
+        arrive = self._all_to_all(send, expect, _dtypes(wanted), "gradients")
+
+        def wait() -> list[Tensor]:
+            pieces = [iter(of_rank) for of_rank in arrive()]
+            wholes = []
+            for params in (params for owner, params in wanted if owner == self.rank):
+                first = local(params[0])
+                G = first.new_empty(len(params), *params[0].shape)
+                for row, p in enumerate(params):
+                    for rank, region in enumerate(self._regions_of(p)):  # type: ignore[arg-type]
+                        if region.sends:
+                            G[row][region.slices].copy_(next(pieces[rank]))
+                wholes.append(G)
+            return wholes
+
+        return wait
+
+    def from_owners(
+        self,
+        wanted: Sequence[tuple[int, Sequence[Tensor]]],
+        mine: Sequence[Tensor],
+    ) -> Callable[[], list[Tensor]]:
+        """Send whole tensors to where the shards of parameters are.
+
+        Args:
+            wanted: Owners, each with sharded parameters of equal shape.
+            mine: What this rank owns, ``[rows, *shape]``.
+
+        Returns:
+            What waits for the shards on this rank, ``[rows, *local shape]``.
+        """
+        send: list[list[Tensor]] = [[] for _ in range(self.size)]
+        expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
+        own = iter(mine)
+        for owner, params in wanted:
+            regions = self._regions_of(params[0])  # type: ignore[arg-type]
+            shape = torch.Size((len(params), *regions[self.rank].shape))
+            expect[owner].append((shape, params[0]))
+            if owner == self.rank:
+                U = next(own)
+                for rank, region in enumerate(regions):
+                    send[rank].append(U[:, *region.slices])
+        arrive = self._all_to_all(send, expect, _dtypes(wanted), "updates")
+
+        def wait() -> list[Tensor]:
+            pieces = [iter(of_owner) for of_owner in arrive()]
+            return [next(pieces[owner]) for owner, _ in wanted]
+
+        return wait
+
+    def broadcast(self, moved: Sequence[tuple[int, Tensor]]) -> Callable[[], None]:
+        """Send parameters from their owners to all ranks.
+
+        Args:
+            moved: Owners, each with a parameter that lies whole on every rank.
+
+        Returns:
+            What waits for them, and writes them into the parameters.
+        """
+        handles = []
+        for dtype in _dtypes([(owner, [p]) for owner, p in moved]):
+            of_owner: list[list[Tensor]] = [[] for _ in range(self.size)]
+            for owner, p in moved:
+                if p.dtype == dtype:
+                    of_owner[owner].append(p)
+            length = max(sum(p.numel() for p in params) for params in of_owner)
+            flat = of_owner[self.rank] or [moved[0][1].new_empty(0, dtype=dtype)]
+            mine = torch.cat([p.detach().flatten() for p in flat])
+            mine = torch.nn.functional.pad(mine, (0, length - len(mine)))
+            every = mine.new_empty(self.size * length)
+            with awaiting("parameters"):
+                work = _all_gather(every, mine, group=self.group, async_op=True)
+            handles.append((work, every.view(self.size, length), of_owner, mine))
+
+        def finish() -> None:
+            for work, every, of_owner, _ in handles:
+                with awaiting("parameters"):
+                    work.wait()
+                for owner, params in enumerate(of_owner):
+                    if owner != self.rank and params:
+                        numbers = [p.numel() for p in params]
+                        parts = every[owner, : sum(numbers)].split(numbers)
+                        pairs = zip(parts, params, strict=True)
+                        news = [part.view(p.shape) for part, p in pairs]
+                        torch._foreach_copy_([p.detach() for p in params], news)
+
+        return finish
+
+    def _all_to_all(
+        self,
+        send: Sequence[Sequence[Tensor]],
+        expect: Sequence[Sequence[tuple[torch.Size, Tensor]]],
+        dtypes: Sequence[torch.dtype],
+        what: str,
+    ) -> Waiting:
+        """Send tensors to each rank.
+
+        Args:
+            send: For each rank, what it gets.
+            expect: For each rank, the shapes of what it sends, each with a tensor of
+                its type and device.
+            dtypes: All types that any rank sends.
+            what: The name of what is sent.
+
+        Returns:
+            What waits for the tensors of each rank.
+        """
+        handles = []
+        for dtype in dtypes:
+            parts = [[t for t in ts if t.dtype == dtype] for ts in send]
+            shapes = [[s for s, t in ts if t.dtype == dtype] for ts in expect]
+            device = _device_of([*send, *([t for _, t in ts] for ts in expect)])
+            flat = [t.flatten() for ts in parts for t in ts]
+            empty = torch.empty(0, dtype=dtype, device=device or device_of(self.group))
+            outgoing = torch.cat([empty, *flat])
+            to = [sum(t.numel() for t in ts) for ts in parts]
+            come = [sum(s.numel() for s in ss) for ss in shapes]
+            incoming = outgoing.new_empty(sum(come))
+            with awaiting(what):
+                work = dist.all_to_all_single(
+                    incoming, outgoing, come, to, self.group, async_op=True
+                )
+            handles.append((work, incoming, come, shapes, dtype, outgoing))
+
+        def wait() -> list[list[Tensor]]:
+            arrived: list[dict[torch.dtype, Iterator[Tensor]]]
+            arrived = [{} for _ in range(self.size)]
+            for work, incoming, come, shapes, dtype, _ in handles:
+                with awaiting(what):
+                    work.wait()
+                for rank, buffer in enumerate(incoming.split(come)):
+                    numbers = [shape.numel() for shape in shapes[rank]]
+                    pairs = zip(buffer.split(numbers), shapes[rank], strict=True)
+                    arrived[rank][dtype] = iter([t.view(shape) for t, shape in pairs])
+            return [
+                [next(arrived[rank][like.dtype]) for _, like in expect[rank]]
+                for rank in range(self.size)
+            ]
+
+        return wait
+
+    # ---------------------------------------------------------------- of checkpoints
+
+    def shared(self, owned: Sequence[tuple[int, Tensor, bool]]) -> list[Tensor]:
+        """Return tensors that one rank each holds, sharded along their first axes.
+
+        A tensor without axes comes whole.
+
+        Args:
+            owned: Owners, each with a tensor, and whether this rank holds it; if not,
+                there is one without rows, ``[0, *shape]``.
+        """
+        send: list[list[Tensor]] = [[] for _ in range(self.size)]
+        expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
+        shapes = [t.shape if held else t.shape[1:] for _, t, held in owned]
+        for (owner, tensor, held), shape in zip(owned, shapes, strict=True):
+            cuts = [_part(shape, rank, self.size) for rank in range(self.size)]
+            if held:
+                for rank in range(self.size):
+                    send[rank].append(tensor[cuts[rank]] if shape else tensor)
+            part = cuts[self.rank]
+            length = (part.stop - part.start,) if shape else ()
+            expect[owner].append((torch.Size((*length, *shape[1:])), tensor))
+        dtypes = _dtypes([(owner, [tensor]) for owner, tensor, _ in owned])
+        arrive = self._all_to_all(send, expect, dtypes, "the state")
+        pieces = [iter(of_owner) for of_owner in arrive()]
+        return [
+            self._as_shard(next(pieces[owner]).clone(), shape)
+            for (owner, _, _), shape in zip(owned, shapes, strict=True)
+        ]
+
+    def _as_shard(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """Return what a part along the first axis is part of."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        if not shape:
+            return part
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.group, part.device.type)
+        return DTensor.from_local(
+            part,
+            self._mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def joined(self, told: dict[str, float]) -> dict[str, float]:
+        """Return what all ranks tell, each of what it owns."""
+        of_rank: list[Any] = [None] * self.size
+        with awaiting("diagnostics"):
+            dist.all_gather_object(of_rank, told, self.group)
+        return {key: value for told in of_rank for key, value in told.items()}
+
+    def summed(self, numbers: Sequence[int]) -> list[int]:
+        """Return the sums of integers over all ranks."""
+        with awaiting("the state"):
+            return reduced(numbers, [self.group], dist.ReduceOp.SUM)
+
+
+def _only_group(group: Any) -> ProcessGroup:
+    """Return the group that is given, or that of a mesh of one dimension."""
+    if group is True:
+        group = dist.group.WORLD
+    if (is_mesh(group) and group.ndim != 1) or not (
+        is_mesh(group) or isinstance(group, dist.ProcessGroup)
+    ):
+        raise ValueError(
+            "Argument 'shard_preconditioners' must be True (all ranks), False, a "
+            "torch.distributed process group, or a DeviceMesh of one dimension, got "
+            f"{group!r}."
+        )
+    found: ProcessGroup = groups_of(group)[0]
+    return found
+
+
+def _part(shape: torch.Size, rank: int, size: int) -> slice:
+    """Return which part along the first axis a rank gets, as torch cuts it."""
+    length = shape[0] if shape else 0
+    chunk = -(-length // size)
+    return slice(min(rank * chunk, length), min((rank + 1) * chunk, length))
+
+
+def _shard_of_gradient(p: Tensor) -> Tensor:
+    """Return the shard of a parameter's gradient that lies where the parameter does."""
+    gradient: Any = p.grad
+    if placement(gradient) != placement(p):
+        gradient = gradient.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return local(gradient).to(p.dtype)
+
+
+def _dtypes(wanted: Iterable[tuple[int, Sequence[Tensor]]]) -> list[torch.dtype]:
+    """Return all types of tensors, in an order that is the same on every rank."""
+    return sorted({p.dtype for _, params in wanted for p in params}, key=str)
+
+
+def _device_of(lists: Iterable[Iterable[Tensor]]) -> torch.device | None:
+    """Return the device of the first tensor, if there is any."""
+    return next((t.device for tensors in lists for t in tensors), None)

@@ -1,0 +1,75 @@
+"""Groups of ranks, and what to say when one of them does not answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import TypeIs
+
+
+@contextmanager
+def awaiting(what: str) -> Iterator[None]:
+    """Name what was awaited where a collective fails or times out.
+
+    Raises:
+        RuntimeError: In place of what the collective raised.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"SIRFShampoo awaited {what} from the other ranks, in vain: one of them "
+            "has died, hangs, or does not take this step. It waited no longer than the "
+            f"timeout of the process group. {error}"
+        ) from error
+
+
+def is_mesh(group: Any) -> TypeIs[DeviceMesh]:
+    module = sys.modules.get("torch.distributed.device_mesh")
+    return module is not None and isinstance(group, module.DeviceMesh)
+
+
+def is_initialized() -> bool:
+    """Return whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def groups_of(group: Any) -> list[ProcessGroup]:
+    """Return the groups of a mesh, one a dimension, or the group itself."""
+    if not is_mesh(group):
+        return [group]
+    return [group.get_group(dim) for dim in range(group.ndim)]
+
+
+def ranks_of(group: Any) -> set[int]:
+    """Return the ranks of a mesh or of a group."""
+    if is_mesh(group):
+        return set(group.mesh.flatten().tolist())
+    return set(dist.get_process_group_ranks(group))
+
+
+def reduced(
+    numbers: Sequence[int], groups: Sequence[ProcessGroup], operation: Any
+) -> list[int]:
+    """Return integers reduced over groups, one after the other."""
+    for group in groups:
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=device_of(group))
+        dist.all_reduce(tensor, operation, group)
+        numbers = tensor.tolist()
+    return list(numbers)
+
+
+def device_of(group: ProcessGroup) -> torch.device:
+    """Return where tensors must lie for a group; on the CPU if it can."""
+    # such as "cpu:gloo,cuda:nccl"
+    devices = [p.split(":")[0] for p in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu" if "cpu" in devices else devices[0])

@@ -1,0 +1,777 @@
+"""What the distributed tests run on every rank: each compares with one process."""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop
+
+from benchmarks import scale
+from benchmarks.workloads import WORKLOADS, gpt
+from sirfshampoo import (
+    FlattenEmbedding,
+    LinearWeightBias,
+    PerParameter,
+    SIRFShampoo,
+)
+from sirfshampoo._costs import cost_of
+from sirfshampoo._owners import with_owners, work_of
+from tests.cases import FAST, STRUCTURES, Tensors, mixture
+
+STEPS = 10
+ROWS = 11
+"""Examples of a batch; no number of ranks divides it."""
+
+JOIN = (LinearWeightBias(), FlattenEmbedding(), PerParameter())
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"structures": name} for name in STRUCTURES},
+    "T=3": {"T": 3, "structures": mixture(2), "kappa": 0.01},
+    "joined": {"combine_params": JOIN, "structures": {1: "diagonal", 2: "dense"}},
+    "joined, T=2": {"combine_params": JOIN, "T": 2, "structures": mixture(3)},
+    "no momenta": {"alpha1": 0.0, "alpha2": 0.0, "kappa": 0.1},
+    "float32 factors": {"preconditioner_dtypes": torch.float32},
+}
+"""What is said to the optimizer beside `FAST`."""
+
+
+class Words(nn.Module):
+    """Layers of odd sizes, equal ones among them, on top of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 5)
+        self.first = nn.Linear(15, 7)
+        self.equal = nn.Sequential(*(nn.Linear(7, 7) for _ in range(3)))
+        self.norm = nn.LayerNorm(7)
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Read sequences of three words."""
+        x = self.first(self.embed(words).flatten(1))
+        for layer in self.equal:
+            x = x + layer(x).tanh()
+        return self.last(self.norm(x))
+
+
+def batches(steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    """Return inputs and targets of the first steps, of all ranks."""
+    draw = torch.Generator().manual_seed(7)
+    words = torch.randint(9, (STEPS, ROWS, 3), generator=draw)
+    targets = torch.randn(STEPS, ROWS, 3, generator=draw, dtype=torch.float64)
+    return list(zip(words, 1 + targets, strict=True))[:steps]
+
+
+def share(tensor: Tensor, parts: int = 1, part: int = 0) -> Tensor:
+    """Return this rank's rows of a batch: the first rank has the most."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cuts = [ROWS - ROWS * (world - r) ** 2 // world**2 for r in range(world + 1)]
+    return tensor[cuts[rank] : cuts[rank + 1]].chunk(parts)[part]
+
+
+def mean_loss(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> Tensor:
+    """Return a sum over the rows given that is their part in the mean of all."""
+    dtype = next(model.parameters()).dtype
+    return weight * (model(x) - y.to(dtype)).square().sum() / (ROWS * 3)
+
+
+def alone(
+    model: nn.Module, make: Callable[..., SIRFShampoo], steps: int = STEPS
+) -> SIRFShampoo:
+    """Train in this process by itself, on whole batches."""
+    optimizer = make(model, process_group=False)
+    for x, y in batches(steps):
+        optimizer.zero_grad()
+        mean_loss(model, x, y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def together(
+    model: nn.Module,
+    optimizer: SIRFShampoo,
+    steps: int = STEPS,
+    start: int = 0,
+    before_step: Callable[[], Any] = lambda: None,
+) -> None:
+    """Train on this rank's share of the same batches."""
+    world = dist.get_world_size()
+    for x, y in batches(steps)[start:]:
+        optimizer.zero_grad()
+        # gradients are averaged over the ranks
+        mean_loss(model, share(x), share(y), world).backward()
+        before_step()
+        optimizer.step()
+        assert optimizer.batch_size == ROWS
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a whole tensor, whether it is distributed or not."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_equal_parameters(model: nn.Module, expected: nn.Module) -> None:
+    """Compare parameters, and make sure that they have moved and that ranks agree."""
+    dtype = next(expected.parameters()).dtype
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+    start = dict(make_model(dtype).named_parameters())
+    for name, p in expected.named_parameters():
+        prefix = "module." if isinstance(model, DistributedDataParallel) else ""
+        found = whole(model.get_parameter(prefix + name))
+        error = (found - p).abs().max().item()
+        assert error <= tolerance * max(1.0, p.abs().max().item()), (name, error)
+        assert (p - start[name]).abs().max() > 1e-3, f"{name} has not moved."
+        of_first = found.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(found, of_first), f"{name} differs between ranks."
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Build the model that every rank starts from."""
+    torch.manual_seed(1)
+    return Words().to(dtype)
+
+
+def maker(options: str) -> Callable[..., SIRFShampoo]:
+    """Return how the optimizer is built."""
+    return partial(SIRFShampoo, **{**FAST, **OPTIONS[options]})
+
+
+# --- DistributedDataParallel ----------------------------------------------------------
+def ddp(options: str, dtype: torch.dtype = torch.float64, owned: bool = False) -> None:
+    """Unequal shares of a batch, averaged by DDP."""
+    model, make = make_model(dtype), maker(options)
+    expected = deepcopy(model)
+    twin = alone(expected, make)
+    wrapped = DistributedDataParallel(model)
+    optimizer = make(wrapped, shard_preconditioners=owned)
+    together(wrapped, optimizer)
+    assert_equal_parameters(wrapped, expected)
+    assert_shared(optimizer, twin, owned)
+
+
+def assert_shared(optimizer: SIRFShampoo, twin: SIRFShampoo, owned: bool) -> None:
+    """Compare factors, each of which one rank holds, or all of them."""
+    pairs = list(zip(optimizer.preconditioner, twin.preconditioner, strict=True))
+    held = torch.tensor([len(factors) == len(twins) for factors, twins in pairs])
+    for factors, twins in pairs:
+        for K, expected in zip(factors, twins, strict=bool(factors)):
+            error = (K.to_dense() - expected.to_dense()).abs().max().item()
+            assert error <= 1e-9 if K.dtype == torch.float64 else 1e-5
+    number = held.long()
+    dist.all_reduce(number)
+    assert (number == (1 if owned else dist.get_world_size())).all()
+    if owned:
+        assert 0 < held.sum() < len(held)
+
+
+# --- fully_shard ----------------------------------------------------------------------
+def meshes() -> dict[str, Any]:
+    """Return the meshes that there are for this number of ranks."""
+    world = dist.get_world_size()
+    found = {"1-d": init_device_mesh("cpu", (world,))}
+    if world == 4:
+        names = ("replicate", "shard")
+        found["2-d"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    return found
+
+
+def shard(model: nn.Module, mesh: Any, plain: tuple[str, ...] = ()) -> nn.Module:
+    """Shard a model, less the parameters whose names are given."""
+    ignored = {model.get_parameter(name) for name in plain}
+    for layer in (model.first, *model.equal):
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    return fully_shard(model, mesh=mesh, ignored_params=ignored)
+
+
+def fsdp(
+    options: str,
+    dtype: torch.dtype = torch.float64,
+    mesh: str = "1-d",
+    owned: bool = False,
+) -> None:
+    """Unequal shares of a batch, sharded parameters."""
+    model, make = make_model(dtype), maker(options)
+    expected = deepcopy(model)
+    twin = alone(expected, make)
+    shard(model, meshes()[mesh])
+    optimizer = make(model, shard_preconditioners=owned)
+    together(model, optimizer)
+    assert_equal_parameters(model, expected)
+    assert_shared(optimizer, twin, owned)
+    for p in model.parameters():
+        if optimizer.param_groups[0]["alpha1"]:
+            momentum = optimizer.state[p]["momentum_buffer"]
+            assert isinstance(momentum, DTensor)
+            assert momentum.placements == p.placements
+            assert momentum.shape == p.shape
+
+
+def plain_and_distributed() -> None:
+    """Some parameters are left whole on every rank, as are their units' partners."""
+    plain = ("embed.weight", "first.bias", "norm.weight")
+    model, make = make_model(), maker("joined")
+    expected = deepcopy(model)
+    alone(expected, make)
+    shard(model, meshes()["1-d"], plain)
+
+    def average() -> None:
+        for name in plain:  # FSDP does not, of what it ignores
+            grad = model.get_parameter(name).grad
+            dist.all_reduce(grad)
+            grad.div_(dist.get_world_size())
+
+    together(model, make(model), before_step=average)
+    assert not isinstance(model.embed.weight, DTensor)
+    assert_equal_parameters(model, expected)
+
+
+def built_on_meta(before: bool) -> None:
+    """The model has no memory at first; the optimizer comes before that, or after."""
+    expected, make = make_model(), maker("T=3")
+    numbers = deepcopy(expected.state_dict())
+    alone(expected, make)
+    with torch.device("meta"):
+        model = Words().double()
+    shard(model, meshes()["1-d"])
+    optimizer = make(model) if before else None
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            mesh, placements = p.device_mesh, p.placements
+            p.copy_(distribute_tensor(numbers[name], mesh, placements))
+    optimizer = optimizer or make(model)
+    together(model, optimizer)
+    assert_equal_parameters(model, expected)
+
+
+def strided_shards() -> None:
+    """Tensor parallelism within sharded data parallelism, on the same axis."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh())
+    model = model.double()
+    expected = deepcopy(model)
+    x, y = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    options = {**FAST, "structures": "dense"}
+    twin = SIRFShampoo(expected, **options, process_group=False)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = SIRFShampoo(model, **options, process_group=mesh["data"])
+    rows = slice(0, 4) if mesh.get_coordinate()[0] == 0 else slice(4, 6)
+    for _ in range(STEPS):
+        for net, take, made, weight in (
+            (expected, slice(None), twin, 1.0),
+            (model, rows, optimizer, 2.0),
+        ):
+            made.zero_grad()
+            (weight * (net(x[take]) - y[take]).square().sum() / 18).backward()
+            made.step()
+            assert made.batch_size == 6
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (whole(p) - q).abs().max() < 1e-10
+
+
+# --- training loops -------------------------------------------------------------------
+def wrapped(way: str, model: nn.Module) -> nn.Module:
+    """Make a model one of many ranks."""
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    return shard(model, meshes()["1-d"])
+
+
+@contextmanager
+def without_sync(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without communication."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
+def accumulation(way: str, sync: bool, training: bool, owned: bool = False) -> None:
+    """Two micro-batches, the first of them with communication or without; clipped."""
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = wrapped(way, model)
+    optimizer = make(model, shard_preconditioners=owned)
+    model.train(training)  # training is possible in evaluation mode
+    for x, y in batches():
+        twin.zero_grad()
+        mean_loss(expected, x, y).backward()
+        norm = nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+        assert norm > 0.5
+        twin.step()
+
+        optimizer.zero_grad()
+        pairs = [(share(x, 2, part), share(y, 2, part)) for part in range(2)]
+        with nullcontext() if sync else without_sync(model):
+            mean_loss(model, *pairs[0], dist.get_world_size()).backward()
+        mean_loss(model, *pairs[1], dist.get_world_size()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert optimizer.batch_size == ROWS
+    assert_equal_parameters(model, expected)
+
+
+def grad_scaler(way: str, owned: bool = False) -> None:
+    """One step overflows on one rank; all ranks skip it."""
+    model, make = make_model(torch.float32), maker("dense")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = wrapped(way, model)
+    optimizer = make(model, shard_preconditioners=owned)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step, (x, y) in enumerate(batches()):
+        if step != 3:
+            twin.zero_grad()
+            mean_loss(expected, x, y).backward()
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+            twin.step()
+        optimizer.zero_grad()
+        weight: float = dist.get_world_size()
+        if step == 3 and dist.get_rank() == 0:
+            weight = float("inf")
+        scaler.scale(mean_loss(model, share(x), share(y), weight)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 128.0
+    assert optimizer.global_step == STEPS - 1
+    assert_equal_parameters(model, expected)
+
+
+def missing_on_one_rank(way: str, owned: bool = False) -> None:
+    """A gradient that one rank lacks: the unit rests on all, the others move."""
+    model = wrapped(way, make_model())
+    optimizer = maker("joined")(model, shard_preconditioners=owned)
+    (x, y), *_ = batches()
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    optimizer.zero_grad()
+    mean_loss(model, share(x), share(y)).backward()
+    found = dict(model.named_parameters())
+    if dist.get_rank() == 1:
+        for name in ("norm.bias", "first.weight", "first.bias"):
+            found[name if name in found else f"module.{name}"].grad = None
+    optimizer.step()
+    for name, p in found.items():
+        rests = name.removeprefix("module.").startswith(("norm.bias", "first."))
+        assert torch.equal(whole(p), before[name]) == rests, name
+    # and a rank without any gradient takes part
+    optimizer.zero_grad()
+    if dist.get_rank() != 1:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.global_step == 2
+
+
+def own_training() -> None:
+    """Each rank trains a model of its own on batches of its own."""
+    rank = dist.get_rank()
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model, process_group=False)
+    for _ in range(rank + 1):  # not as often as others do
+        optimizer.zero_grad()
+        model(torch.randn(4 + rank, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.batch_size == 4 + rank
+    # an integer is the size of all ranks' batches, and needs no communication
+    optimizer = SIRFShampoo(model, batch_size=32)
+    if rank == 0:
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.batch_size == 32
+    dist.barrier()
+    # a group of some ranks
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    optimizer = SIRFShampoo(model, process_group=groups[rank])
+    model(torch.randn(5 + rank, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.batch_size == 5 + rank
+    dist.barrier()
+
+
+def told_by_diagnostics(owned: bool) -> None:
+    """Diagnostics of shards are those of the whole."""
+    for options in ("joined", "no momenta"):
+        model, make = make_model(), maker(options)
+        expected = deepcopy(model)
+        twin = alone(expected, make, steps=2)
+        shard(model, meshes()["1-d"])
+        optimizer = make(model, shard_preconditioners=owned)
+        together(model, optimizer, steps=2)
+        told, wanted = optimizer.diagnostics(), twin.diagnostics()
+        assert told.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert abs(told[key] - value) <= 1e-9 * max(1.0, abs(value)), key
+
+
+# --- checkpoints ----------------------------------------------------------------------
+class WordsWithMore(Words):
+    """With a parameter that is frozen later, and one that never gets a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.randn(3))
+        self.unused = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Shift the output by the frozen parameter."""
+        return super().forward(words) + self.frozen
+
+
+def trained(way: str, owned: bool, options: str) -> tuple[nn.Module, SIRFShampoo]:
+    """Return a model of many ranks, or of one, and its optimizer."""
+    torch.manual_seed(1)
+    model = WordsWithMore().double()
+    make = maker(options)
+    if way == "alone":
+        optimizer = make(model, process_group=False)
+    elif way == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer = make(model, shard_preconditioners=owned)
+    else:
+        shard(model, meshes()[way])
+        optimizer = make(model, shard_preconditioners=owned)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith("frozen"))
+    return model, optimizer
+
+
+def resumed_equally(model: nn.Module, optimizer: SIRFShampoo, options: str) -> None:
+    """Train to the end and compare with a run of one process."""
+    assert optimizer.global_step == STEPS // 2
+    together(model, optimizer, start=STEPS // 2)
+    expected, twin = trained("alone", False, options)
+    for x, y in batches():
+        twin.zero_grad()
+        mean_loss(expected, x, y).backward()
+        twin.step()
+    for (name, p), (other, q) in zip(
+        model.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert name.removeprefix("module.") == other
+        assert (whole(p) - q).abs().max() <= 1e-10, name
+        # also of what rests
+        saved = {"step": optimizer.state[p]["step"]}
+        if "step" in twin.state[q]:
+            assert saved["step"] == twin.state[q]["step"]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sharded": {},
+    "flattened": {"flatten_optimizer_state_dict": True},
+    "sharded on the CPU": {"cpu_offload": True},
+    "full": {"full_state_dict": True},
+    "full on the CPU": {"full_state_dict": True, "cpu_offload": True},
+}
+
+
+def save(kind: str, way: str, owned: bool, options: str, folder: str) -> set[str]:
+    """Train half of the way and save; return the keys on this rank."""
+    model, optimizer = trained(way, owned, options)
+    together(model, optimizer, steps=STEPS // 2)
+    settings = StateDictOptions(**KINDS[kind])
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+    Path(folder).mkdir(exist_ok=True)
+    if kind.startswith("full"):
+        if dist.get_rank() == 0:
+            torch.save((of_model, of_optimizer), f"{folder}/full.pt")
+        dist.barrier()
+    else:
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    state = of_optimizer.get("state", of_optimizer)
+    return {
+        f"{name}.{key}"
+        for name, entries in state.items()
+        for key in (entries if isinstance(entries, dict) else [""])
+    }
+
+
+def resume(kind: str, way: str, owned: bool, options: str, folder: str) -> None:
+    """Go on from a checkpoint of any number of ranks."""
+    model, optimizer = trained(way, owned, options)
+    if kind.startswith("full"):
+        of_model, of_optimizer = {}, {}
+        if dist.get_rank() == 0:
+            path = f"{folder}/full.pt"
+            of_model, of_optimizer = torch.load(path, weights_only=True)
+        settings = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    else:
+        settings = StateDictOptions(**KINDS[kind])
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=settings)
+        found = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(found, checkpoint_id=folder)
+        of_model, of_optimizer = found["model"], found["optimizer"]
+    set_model_state_dict(model, of_model, options=settings)
+    set_optimizer_state_dict(model, optimizer, of_optimizer, options=settings)
+    resumed_equally(model, optimizer, options)
+
+
+# --- what goes wrong ------------------------------------------------------------------
+def non_finite(way: str, owned: bool) -> None:
+    """A unit whose gradient is not finite rests, with all of its state."""
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = wrapped(way, model)
+    optimizer = make(model, shard_preconditioners=owned)
+    for step, (x, y) in enumerate(batches()):
+        for net, made in ((expected, twin), (model, optimizer)):
+            made.zero_grad()
+            if net is expected:
+                mean_loss(net, x, y).backward()
+            else:
+                mean_loss(net, share(x), share(y), dist.get_world_size()).backward()
+            prefix = "module." if isinstance(net, DistributedDataParallel) else ""
+            sick = net.get_parameter(f"{prefix}first.weight").grad
+            if step in (2, 5):
+                # one number of one shard
+                shards = sick.to_local() if isinstance(sick, DTensor) else sick
+                if net is expected or way == "ddp" or dist.get_rank() == 0:
+                    shards[0, 0] = float("nan")
+            made.step()
+    assert_equal_parameters(model, expected)
+    entries = optimizer.state_dict()["state"]
+    assert sum(int(e["skipped"]) for e in entries.values() if "skipped" in e) == 2
+
+
+def balanced(layers: int) -> list[tuple[int, float]]:
+    """Return this rank's bytes of state and operations for equal blocks."""
+    shapes = gpt(layers=layers, width=32, vocabulary=20, context=8)
+    model = nn.ParameterDict({k: torch.zeros(s) for k, s in shapes.items()})
+    options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
+    optimizer = SIRFShampoo(model, **options, shard_preconditioners=True)
+    rank = dist.get_rank()
+    held = [u for u in optimizer._units if u.owner == rank]
+    found = sum(
+        t.numel() * t.element_size()
+        for entries in optimizer.state.values()
+        for key, t in entries.items()
+        if key not in ("step", "skipped")
+    )
+    work = sum(work_of(u, optimizer.param_groups[u.group]) for u in held)
+    return found, work
+
+
+def one_fails(where: str, how: str, pipe: Any) -> str:
+    """Train until the last rank fails; return what the others are told."""
+    model = DistributedDataParallel(make_model())
+    optimizer = maker("dense")(model, shard_preconditioners=True)
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def fail(*_: Any, **__: Any) -> None:
+        if how == "dies":
+            os._exit(1)
+        pipe.recv()  # until the test ends it
+
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        mean_loss(model, share(x), share(y)).backward()
+        if last and step == 2 and where == "before the step":
+            fail()
+        if last and step == 2 and where == "within the step":
+            optimizer._owners.exchange.broadcast = fail
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert step == 2
+            return str(error)
+    return "Nothing."
+
+
+# --- the example ----------------------------------------------------------------------
+def example(folder: str, *options: str) -> float:
+    """Train as `examples/many_devices.py` does; return the loss it ends with."""
+    from examples import many_devices
+
+    small = ["--width", "16", "--layers", "1", "--every", "3", "--folder", folder]
+    return many_devices.train(many_devices.read_arguments([*small, *options]), "cpu")
+
+
+def crash_amid_a_save(folder: str, way: str) -> None:
+    """A save that fails after the numbers were written leaves the last one whole."""
+    options = ["--way", way, "--shard-preconditioners"]
+    example(folder, *options, "--steps", "3")
+    finish = FileSystemWriter.finish
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device.")
+
+    FileSystemWriter.finish = crash  # type: ignore[method-assign]
+    try:
+        with pytest.raises(CheckpointException, match="No space left"):
+            example(folder, *options, "--steps", "6")
+    finally:
+        FileSystemWriter.finish = finish  # type: ignore[method-assign]
+    assert (Path(folder) / "latest").read_text() == "step-3"
+    resumed = example(folder, *options, "--steps", "6")
+    assert resumed == example(f"{folder}-b", *options, "--steps", "6")
+
+
+def copies() -> None:
+    """A deep copy and a pickle of an optimizer go on like the original."""
+    model = wrapped("ddp", make_model())  # FSDP forbids copies
+    optimizer = maker("dense")(model)
+    together(model, optimizer, steps=2)
+    deep = deepcopy(optimizer)
+    assert deep.global_step == 2
+    read = pickle.loads(pickle.dumps(optimizer))
+    # a group cannot travel: these are on all ranks now
+    (x, y), *_ = batches(1)
+    for copy in (deep, read):
+        copy.zero_grad()
+        mean_loss(copy._model, share(x), share(y)).backward()
+        copy.step()
+        assert copy.global_step == 3
+        assert copy.batch_size == ROWS
+
+
+# --- costs ----------------------------------------------------------------------------
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that reach this rank from others, in collectives of tensors."""
+
+    received = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Look at collectives; all else passes."""
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        sizes = [t.numel() * t.element_size() for t in tensors]
+        if "c10d_functional.all_gather" in name:
+            self.received += sizes[0] * (args[1] - 1)
+        elif "c10d" in name and "gather" in name:
+            self.received += max(sizes) - min(sizes)
+        elif "c10d" in name and "alltoall" in name:
+            come = next(
+                a for a in args if isinstance(a, list) and isinstance(a[0], int)
+            )
+            own = come[dist.get_rank()] * tensors[0].element_size()
+            self.received += sizes[0] - own
+        return result
+
+
+def costs(way: str, owned: bool, workload: str = "odd") -> dict[str, list[int]]:
+    """Return bytes, operations and traffic of this rank: measured, and predicted."""
+    odd = gpt(layers=3, width=12, vocabulary=21, context=7)
+    shapes = odd if workload == "odd" else WORKLOADS[workload]()
+    model = Tensors(list(shapes.values()), torch.float32)
+    options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
+    planned = SIRFShampoo(model, **options)
+    units, groups = planned._units, planned.param_groups
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sharded = way == "fsdp"
+    expected = scale.predict(units, groups, world, sharded=sharded, owned=owned)[rank]
+    flops = 0
+    for unit in with_owners(units, groups, [], world):
+        # torch counts matrix products only
+        if unit.structures[0] == "dense" and (not owned or unit.owner == rank):
+            cost = cost_of(unit, groups[unit.group])
+            flops += cost.step_flops + cost.update_flops
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = SIRFShampoo(model, **options, shard_preconditioners=owned)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with Traffic() as traffic:
+        optimizer.step()
+    mapping = {torch.ops.aten.baddbmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        optimizer.step()
+    kept = [t for entries in optimizer.state.values() for t in entries.values()]
+    shards = [t.to_local() if isinstance(t, DTensor) else t for t in kept]
+    state = sum(t.numel() * t.element_size() for t in shards)
+    return {
+        "state": [state, expected.state],
+        "flops": [counter.get_total_flops(), flops],
+        "received": [traffic.received, expected.received],
+    }
+
+
+def in_place(self: Any, A: Any, B: Any, out_shape: Any = None, **_: Any) -> int:
+    """Count the product of the in-place form, which torch's counter leaves out."""
+    return bmm_flop(A, B)
+
+
+def spread_updates(way: str) -> None:
+    """Each rank spreads what it owns; without owners, it is as in one process."""
+    options = {**FAST, "T": 3, "structures": "dense", "spread_updates": True}
+    model = make_model()
+    expected = deepcopy(model)
+    alone(expected, partial(SIRFShampoo, **options))
+    replicated = wrapped(way, deepcopy(model))
+    together(replicated, SIRFShampoo(replicated, **options))
+    assert_equal_parameters(replicated, expected)
+
+    model = wrapped(way, model)
+    optimizer = SIRFShampoo(model, **options, shard_preconditioners=True)
+    phases, rank = optimizer._present_phases(), dist.get_rank()
+    own = [phases[u.group] for u in optimizer._units if u.owner == rank]
+    assert set(own) == ({0, 1, 2} if len(own) > 2 else set(range(len(own))))
+    together(model, optimizer)
+    for p in model.parameters():
+        found = whole(p)
+        of_first = found.clone()
+        dist.broadcast(of_first, 0)
+        assert torch.equal(found, of_first)
+
+
+# --- GPUs -----------------------------------------------------------------------------
+def on_gpus(way: str, owned: bool) -> None:
+    """Train on a GPU a rank, as one process does on a CPU."""
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    alone(expected, make)
+    model = model.cuda()
+    if way == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        model = shard(model, init_device_mesh("cuda", (dist.get_world_size(),)))
+    optimizer = make(model, shard_preconditioners=owned)
+    for x, y in batches():
+        optimizer.zero_grad()
+        x, y = share(x).cuda(), share(y).cuda()
+        mean_loss(model, x, y, dist.get_world_size()).backward()
+        optimizer.step()
+        assert optimizer.batch_size == ROWS
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (whole(p).cpu() - q).abs().max() <= 1e-9
+    optimizer.load_state_dict(optimizer.state_dict())
