@@ -29,7 +29,7 @@ MODELS: dict[str, Shapes] = {
     "GPT-2 small, 0.16 billion": gpt(12, 768, 50257, 1024),
     "GPT-2 XL, 1.6 billion": gpt(48, 1600, 50257, 1024),
     "32 layers of width 4096, 6.9 billion": gpt(32, 4096, 50257, 2048),
-    "80 layers of width 8192, 65 billion": gpt(80, 8192, 50257, 4096),
+    "86 layers of width 8192, 70 billion": gpt(86, 8192, 50257, 4096),
 }
 RANKS = (8, 64, 1024)
 FACTORS = {

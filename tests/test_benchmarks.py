@@ -206,7 +206,7 @@ def test_peak_is_what_a_step_takes_beside_what_it_keeps() -> None:
 
 def test_operations_are_a_mean_over_a_period() -> None:
     def flops(T: int) -> float:
-        spec = {"structures": "triltoeplitz", "dtype": "float32", "T": T}
+        spec = {"structures": "hierarchical2_1", "dtype": "float32", "T": T}
         return float(worker.Worker().work(spec, {"w": [6, 4]})["flops"])
 
     # Two updates weigh in at T = 1, one at T = 2: the rest is the step's.

@@ -209,10 +209,11 @@ def example_case(folder: str) -> float:
     return cases.example(folder, "--steps", "8")
 
 
-@pytest.mark.parametrize("owned", [False, True])
-def test_float32(two: Ranks, owned: bool) -> None:
-    two.run(cases.fsdp, options="joined", dtype=torch.float32, owned=owned)
-    two.run(cases.ddp, options="joined", dtype=torch.float32, owned=owned)
+@OWNED
+@ALL_OPTIONS
+def test_float32(two: Ranks, options: str, owned: bool) -> None:
+    two.run(cases.fsdp, options=options, dtype=torch.float32, owned=owned)
+    two.run(cases.ddp, options=options, dtype=torch.float32, owned=owned)
 
 
 def test_a_short_way_through_checkpoints(
