@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sirfshampoo._stack import Stack
 from sirfshampoo._units import Unit
+from sirfshampoo._update import Variant, limit_update
 from sirfshampoo.structures.base import accumulation_dtype
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.
@@ -22,6 +23,7 @@ def diagnostics(
     stacks: Sequence[Stack],
     groups: Sequence[Mapping[str, Any]],
     names: Sequence[Sequence[str]],
+    variant: Variant,
 ) -> dict[str, float]:
     """Return numbers on every unit; see ``SIRFShampoo.diagnostics``.
 
@@ -29,12 +31,13 @@ def diagnostics(
         stacks: The stacks that hold the units.
         groups: The parameter group of each unit.
         names: The names of each unit's parameters.
+        variant: How a step is taken.
     """
     of_unit: dict[int, dict[str, Tensor]] = {}
     for stack in stacks:
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
-            of_unit[unit.group] = _of_row(stack, row, lr)
+            of_unit[unit.group] = _of_row(stack, row, lr, variant)
     joined = ["+".join(of_unit) for of_unit in names]
     # names that users gave need not differ
     times = Counter(joined)
@@ -51,25 +54,39 @@ def diagnostics(
     return told
 
 
-def _of_row(stack: Stack, row: int, lr: float) -> dict[str, Tensor]:
+def _of_row(stack: Stack, row: int, lr: float, variant: Variant) -> dict[str, Tensor]:
     """Return numbers on a unit as 0-d tensors."""
     unit = stack.units[row]
     zero = torch.zeros((), dtype=torch.float64, device=stack.skipped.device)
+    rows = slice(row, row + 1)
     direction = momentum = [V_j[row].flatten() for V_j in stack.V or []]
-    if not momentum and unit.has_gradients():
+    G = None
+    if momentum and variant.momentum_first:
+        G = stack.joint_momentum(rows)
+    elif not momentum and unit.has_gradients():
         G = unit.joint_gradient().unsqueeze(0)
-        direction = [stack.precondition(slice(row, row + 1), G)]
-    norms = [
-        torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
-        for t in direction
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else zero / zero
+    if G is not None:
+        U = stack.precondition(rows, G)
+        if variant.max_update_rms is not None:
+            U = limit_update(U, lr=lr, max_update_rms=variant.max_update_rms)
+        direction = [U]
+    norm = _norm(direction) if direction else zero / zero
     return {
         "update_rms": norm * (lr / max(unit.dims.numel(), 1) ** 0.5),
-        "momentum_norm": norm if momentum else zero,
+        "momentum_norm": _norm(momentum) if momentum else zero,
         **{f"K{n}_norm": K_n[row].norm() for n, K_n in enumerate(stack.K)},
         "skipped": stack.skipped[row],
     }
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of tensors taken together."""
+    norms = [
+        torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
+        for t in tensors
+    ]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 def partly_missing_gradients(units: Sequence[Unit]) -> set[int]:

@@ -14,10 +14,14 @@ from sirfshampoo._costs import interval_of
 from sirfshampoo._kept import KeptProducts, Preparation
 from sirfshampoo._units import Unit
 from sirfshampoo._update import (
+    Variant,
     Workspace,
+    accumulate,
     descend,
     finite_rows,
+    limit_update,
     precondition,
+    start_factors,
     update_factors,
 )
 from sirfshampoo.combiner import PerParameter
@@ -46,9 +50,12 @@ class Settings(NamedTuple):
     kappa: float
     due: bool  # whether the factors are to be updated
     interval: int  # how many steps the factors are expected to stay
+    variant: Variant
 
     @classmethod
-    def of_group(cls, group: Mapping[str, Any], *, due: bool) -> Settings:
+    def of_group(
+        cls, group: Mapping[str, Any], *, due: bool, variant: Variant
+    ) -> Settings:
         """Read the settings of a parameter group."""
         return cls(
             lr=None if isinstance(group["lr"], Tensor) else float(group["lr"]),
@@ -59,6 +66,7 @@ class Settings(NamedTuple):
             kappa=float(group["kappa"]),
             due=due,
             interval=interval_of(group),
+            variant=variant,
         )
 
 
@@ -90,7 +98,13 @@ class Stack:
     """
 
     def __init__(
-        self, units: Sequence[Unit], *, has_m: bool, has_V: bool, step: int
+        self,
+        units: Sequence[Unit],
+        *,
+        has_m: bool,
+        has_V: bool,
+        step: int,
+        initial_factors: str,
     ) -> None:
         """Set up the stack as at the start of training, at a global step."""
         self.units = units
@@ -98,9 +112,12 @@ class Stack:
         device = first.params[0].device
         axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
         self.K = [
-            structure_class(name).eye(d, batch=batch, dtype=dtype, device=device)
+            structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
             for name, d, dtype in axes
         ]
+        if initial_factors == "identity":  # else they start in the first update
+            for K_n in self.K:
+                K_n.shift_(1.0)
         self.m = None
         if has_m:
             self.m = [
@@ -224,20 +241,25 @@ class Stack:
         moves = None
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
-        U = self.precondition(rows, G, products)
-        # one entry that is not finite makes the sum so
-        finite = finite_rows(U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)))
-        moves = finite if moves is None else moves if finite is None else moves & finite
-        if moves is not None:
-            skipped.add_(~moves)
-
         lr: Any = settings.lr
         if lr is None:
             lr = _stacked([rate.reshape(()).to(G.device) for rate in lrs])
+        variant, V = settings.variant, self.V
+        if variant.momentum_first and V is not None:
+            moves = _and_finite(moves, G)
+            self._accumulate(rows, moves, settings.alpha1)
+            G, V = self.joint_momentum(rows), None
+        U = self.precondition(rows, G, products)
+        moves = _and_finite(moves, U)
+        if moves is not None:
+            skipped.add_(~moves)
+        if variant.max_update_rms is not None:
+            U = limit_update(U, lr=lr, max_update_rms=variant.max_update_rms)
+
         for j, U_j in enumerate(_scattered(units, U)):
             descend(
                 [unit.params[j] for unit in units],
-                None if self.V is None else self.V[j][rows],
+                None if V is None else V[j][rows],
                 U_j,
                 moves=moves,
                 lr=lr,
@@ -254,6 +276,10 @@ class Stack:
         workspace: Workspace,
     ) -> Tensor | None:
         """Update the factors of a run of rows; return which rows moved (None: all)."""
+        if settings.variant.initial_factors == "gradient":
+            start_factors(
+                self._part(self.K, rows), G, batch_size=batch_size, lam=settings.lam
+            )
         update = partial(update_factors, workspace=workspace)
         if self._elementwise:
             update = _elementwise.update_factors  # type: ignore[assignment]
@@ -266,6 +292,19 @@ class Stack:
             alpha2=settings.alpha2,
             lam=settings.lam,
         )
+
+    def _accumulate(self, rows: slice, moves: Tensor | None, alpha1: float) -> None:
+        """Add the gradients of a run of rows to their momentum."""
+        for j, V_j in enumerate(self.V or []):
+            grads = [unit.params[j].grad for unit in self.units[rows]]
+            G_j = _stacked([grad for grad in grads if grad is not None])
+            accumulate(V_j[rows], G_j, alpha1=alpha1, moves=moves)
+
+    def joint_momentum(self, rows: slice) -> Tensor:
+        """Return the momenta of a run of rows, joined as their gradients are."""
+        parts = zip(*(V_j[rows].unbind(0) for V_j in self.V or []), strict=True)
+        units = zip(self.units[rows], parts, strict=True)
+        return _stacked([unit.rule.group(list(of_unit)) for unit, of_unit in units])
 
     def precondition(
         self, rows: slice, G: Tensor, preparation: Preparation | None = None
@@ -296,6 +335,13 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
+def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:
+    """Return a mask less the rows of X that are not finite; None: it holds for all."""
+    # one entry that is not finite makes the sum so
+    finite = finite_rows(X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype)))
+    return finite if moves is None else moves if finite is None else moves & finite
+
+
 def _scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
     """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
     shapes, rule = [p.shape for p in units[0].params], units[0].rule
@@ -311,6 +357,7 @@ def stack_units(
     state: dict[Tensor, State],
     *,
     step: int,
+    initial_factors: str = "identity",
 ) -> list[Stack]:
     """Stack units that are alike, with the numbers that the state holds for them.
 
@@ -319,6 +366,7 @@ def stack_units(
         groups: Their parameter groups.
         state: The optimizer's state; the rows of the stacks are left there.
         step: The optimizer's global step, for units that have no state yet.
+        initial_factors: Where factors start, for those units.
     """
     alike: dict[Any, list[Unit]] = {}
     for unit in units:
@@ -343,7 +391,13 @@ def stack_units(
         rows = max(limit // max(members[0].working_set, 1), 1)
         for start in range(0, len(members), rows):
             chunk = members[start : start + rows]
-            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step)
+            stack = Stack(
+                chunk,
+                has_m=has_m,
+                has_V=has_V,
+                step=step,
+                initial_factors=initial_factors,
+            )
             stack.place(state)
             stacks.append(stack)
     return stacks

@@ -41,15 +41,23 @@ def snapshot(optimizer: SIRFShampoo) -> Any:
 
 def test_constructor_has_the_documented_arguments_in_order() -> None:
     parameters = inspect.signature(SIRFShampoo).parameters
-    assert list(parameters) == ["model", *DOCUMENTED, "spread_updates"]
-    assert parameters["spread_updates"].kind is inspect.Parameter.KEYWORD_ONLY
-    assert parameters["spread_updates"].default is False
+    beyond = {
+        "spread_updates": False,
+        "initial_factors": "identity",
+        "momentum_first": False,
+        "max_update_rms": None,
+    }
+    assert list(parameters) == ["model", *DOCUMENTED, *beyond]
+    for name, default in beyond.items():
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default is default
     assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
 
 
 def test_public_names() -> None:
     assert sorted(sirfshampoo.__all__) == [
         "FlattenEmbedding",
+        "GrowingInterval",
         "LinearWeightBias",
         "PerParameter",
         "PreconditionerGroup",
