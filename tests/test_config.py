@@ -64,6 +64,7 @@ def test_public_names() -> None:
         "SIRFShampoo",
         "Summary",
         "choose_structures",
+        "recipe",
         "summary",
     ]
     assert len(DEFAULT_COMBINE_PARAMS) == 1
