@@ -108,6 +108,7 @@ def _check_axes(argument: str, value: Any) -> None:
 
 
 _non_negative = _number("a finite number >= 0", lambda x: x >= 0)
+_positive = _number("None or a finite number > 0", lambda x: x > 0)
 _fraction = _number("a number in [0, 1)", lambda x: 0 <= x < 1)
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -228,6 +229,21 @@ def check_flag(argument: str, value: Any) -> None:
     """Check an option that is on or off."""
     if not isinstance(value, bool):
         raise ValueError(f"Argument '{argument}' must be True or False, got {value!r}.")
+
+
+def check_initial_factors(value: Any) -> None:
+    """Check the constructor's `initial_factors`."""
+    if value not in ("identity", "gradient"):
+        raise ValueError(
+            "Argument 'initial_factors' must be 'identity' or 'gradient', got "
+            f"{value!r}."
+        )
+
+
+def check_max_update_rms(value: Any) -> None:
+    """Check the constructor's `max_update_rms`."""
+    if value is not None:
+        _positive("max_update_rms", value)
 
 
 def check_rule(rule: PreconditionerGroup) -> None:

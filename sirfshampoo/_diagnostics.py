@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import distributed_like, local, whole_rows
+from sirfshampoo._distributed import local
 from sirfshampoo._stack import Stack
-from sirfshampoo._units import Unit, joint_gradients
+from sirfshampoo._units import Unit, joined, joint_gradients
+from sirfshampoo._update import Variant, limit_update
 from sirfshampoo.structures.base import accumulation_dtype
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.
@@ -23,6 +24,7 @@ def diagnostics(
     stacks: Sequence[Stack],
     groups: Sequence[Mapping[str, Any]],
     names: Sequence[Sequence[str]],
+    variant: Variant,
 ) -> dict[str, float]:
     """Return numbers on every unit; see ``SIRFShampoo.diagnostics``.
 
@@ -30,18 +32,19 @@ def diagnostics(
         stacks: The stacks that hold the units.
         groups: The parameter group of each unit.
         names: The names of each unit's parameters.
+        variant: How a step is taken.
     """
     of_unit: dict[int, dict[str, Tensor]] = {}
     for stack in stacks:
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
-            direction = _direction(stack, row)  # needs all ranks, whoever holds it
+            found = _of_direction(stack, row, lr, variant)  # needs all ranks
             if stack.held:
-                of_unit[unit.group] = _of_row(stack, row, lr, direction)
-    joined = ["+".join(of_unit) for of_unit in names]
+                of_unit[unit.group] = _of_row(stack, row, lr, *found)
+    labels = ["+".join(of_unit) for of_unit in names]
     # names that users gave need not differ
-    times = Counter(joined)
-    unique = [n if times[n] == 1 else f"{n}#{i}" for i, n in enumerate(joined)]
+    times = Counter(labels)
+    unique = [n if times[n] == 1 else f"{n}#{i}" for i, n in enumerate(labels)]
     values = {
         f"{unique[index]}/{key}": value
         for index, numbers in sorted(of_unit.items())
@@ -54,38 +57,55 @@ def diagnostics(
     return told
 
 
-def _direction(stack: Stack, row: int) -> list[Tensor]:
-    """Return what a unit's parameters move along; nothing if that is not known here."""
-    unit = stack.units[row]
-    if stack.V is not None:
-        return [
-            whole_rows([distributed_like(V_j[row], p)], p)
-            for V_j, p in zip(stack.V, unit.params, strict=True)
-            if len(V_j)
-        ]
-    if not unit.has_gradients():
-        return []
-    G = joint_gradients([unit])
-    return [stack.precondition(slice(row, row + 1), G)] if stack.held else []
+def _of_direction(
+    stack: Stack, row: int, lr: float, variant: Variant
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a unit's parameters move along, and its momentum.
+
+    Each is empty if there is none, or it is not known on this rank.
+    """
+    unit, rows = stack.units[row], slice(row, row + 1)
+    momentum = stack.whole_momenta(rows)
+    if momentum and not variant.momentum_first:
+        return momentum, momentum
+    if not momentum and not unit.has_gradients():
+        return [], []
+    G = joint_gradients([unit]) if not momentum else joined([unit], momentum)
+    if not stack.held:
+        return [], momentum
+    U = stack.precondition(rows, G)
+    if variant.max_update_rms is not None:
+        U = limit_update(U, lr=lr, max_update_rms=variant.max_update_rms)
+    return [U], momentum
 
 
 def _of_row(
-    stack: Stack, row: int, lr: float, direction: list[Tensor]
+    stack: Stack,
+    row: int,
+    lr: float,
+    direction: Sequence[Tensor],
+    momentum: Sequence[Tensor],
 ) -> dict[str, Tensor]:
     """Return numbers on a unit as 0-d tensors."""
     unit = stack.units[row]
     zero = torch.zeros((), dtype=torch.float64, device=stack.skipped.device)
-    norms = [
-        torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
-        for t in direction
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else zero / zero
+    norm = _norm(direction) if direction else zero / zero
     return {
         "update_rms": norm * (lr / max(unit.dims.numel(), 1) ** 0.5),
-        "momentum_norm": zero if stack.V is None else norm,
+        "momentum_norm": _norm(momentum) if momentum else zero,
         **{f"K{n}_norm": K_n[row].norm() for n, K_n in enumerate(stack.K)},
         "skipped": stack.skipped[row],
     }
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of tensors taken together."""
+    norms = [
+        torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()
+        for t in tensors
+    ]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 def partly_missing_gradients(units: Sequence[Unit]) -> set[int]:

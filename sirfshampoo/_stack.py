@@ -18,14 +18,19 @@ from sirfshampoo._distributed import (
     local,
     placement,
     shard_rows,
+    whole_rows,
 )
 from sirfshampoo._kept import KeptProducts, Preparation
-from sirfshampoo._units import Unit, joint_gradients, stacked
+from sirfshampoo._units import Unit, joined, joint_gradients, stacked
 from sirfshampoo._update import (
+    Variant,
     Workspace,
+    accumulate,
     descend,
     finite_rows,
+    limit_update,
     precondition,
+    start_factors,
     update_factors,
 )
 from sirfshampoo.combiner import PerParameter
@@ -54,9 +59,12 @@ class Settings(NamedTuple):
     kappa: float
     due: bool  # whether the factors are to be updated
     interval: int  # how many steps the factors are expected to stay
+    variant: Variant
 
     @classmethod
-    def of_group(cls, group: Mapping[str, Any], *, due: bool) -> Settings:
+    def of_group(
+        cls, group: Mapping[str, Any], *, due: bool, variant: Variant
+    ) -> Settings:
         """Read the settings of a parameter group."""
         return cls(
             lr=None if isinstance(group["lr"], Tensor) else float(group["lr"]),
@@ -67,6 +75,7 @@ class Settings(NamedTuple):
             kappa=float(group["kappa"]),
             due=due,
             interval=interval_of(group),
+            variant=variant,
         )
 
 
@@ -79,6 +88,12 @@ class Task(NamedTuple):
     products: Preparation
     lrs: list[Tensor]  # of the rows, where learning rates are tensors
     skipped: Tensor  # of the rows; Dynamo passes over calls that get no tensor
+
+    def rate(self, device: torch.device) -> float | Tensor:
+        """Return the learning rate, or those of the rows, ``[rows]``."""
+        if self.settings.lr is not None:
+            return self.settings.lr
+        return stacked([lr.reshape(()).to(device) for lr in self.lrs])
 
 
 class Stack:
@@ -106,6 +121,7 @@ class Stack:
         has_V: bool,
         step: int,
         held: bool = True,
+        initial_factors: str = "identity",
     ) -> None:
         """Set up the stack as at the start of training, at a global step.
 
@@ -116,6 +132,7 @@ class Stack:
             step: The global step.
             held: Whether the factors lie on this rank. If not, their tensors and the
                 momenta of whole parameters have no rows.
+            initial_factors: Where factors start, as the constructor's argument says.
         """
         self.units, self.held = units, held
         first = units[0]
@@ -123,9 +140,12 @@ class Stack:
         device = first.params[0].device
         axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
         self.K = [
-            structure_class(name).eye(d, batch=batch, dtype=dtype, device=device)
+            structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
             for name, d, dtype in axes
         ]
+        if initial_factors == "identity":  # else they start in the first update
+            for K_n in self.K:
+                K_n.shift_(1.0)
         self.m = None
         if has_m:
             self.m = [
@@ -281,15 +301,21 @@ class Stack:
             ``[rows, *shape]``, and which rows may move (None: all).
         """
         _, rows, settings, products, _, skipped = task
-        moves = None
+        moves: Tensor | None = None
         if settings.due:
             moves = self._update(rows, settings, G, batch_size, workspace)
+        variant = settings.variant
+        if variant.momentum_first and self.V is not None:
+            moves = _and_finite(moves, G)
+            self._accumulate(rows, moves, settings.alpha1)
+            G = joined(self.units[rows], self.whole_momenta(rows))
         U = self.precondition(rows, G, products)
-        # one entry that is not finite makes the sum so
-        finite = finite_rows(U.flatten(1).sum(1, dtype=accumulation_dtype(U.dtype)))
-        moves = finite if moves is None else moves if finite is None else moves & finite
+        moves = _and_finite(moves, U)
         if moves is not None:
             skipped.add_(~moves)
+        if variant.max_update_rms is not None:
+            lr = task.rate(U.device)
+            U = limit_update(U, lr=lr, max_update_rms=variant.max_update_rms)
         return _scattered(self.units[rows], U), moves
 
     def descend(self, task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
@@ -302,17 +328,16 @@ class Stack:
                 distributed the shards on this rank; overwritten.
             moves: Which rows move; None: all.
         """
-        lr: Any = task.settings.lr
-        if lr is None:
-            lr = stacked([rate.reshape(()).to(U.device) for rate in task.lrs])
+        settings = task.settings
+        has_V = self.V is not None and not settings.variant.momentum_first
         descend(
             [local(unit.params[j]) for unit in self.units[task.rows]],
-            None if self.V is None else self.V[j][task.rows],
+            self.V[j][task.rows] if self.V is not None and has_V else None,
             U,
             moves=moves,
-            lr=lr,
-            alpha1=task.settings.alpha1,
-            kappa=task.settings.kappa,
+            lr=task.rate(U.device),
+            alpha1=settings.alpha1,
+            kappa=settings.kappa,
         )
 
     def _update(
@@ -324,6 +349,10 @@ class Stack:
         workspace: Workspace,
     ) -> Tensor | None:
         """Update the factors of a run of rows; return which rows moved (None: all)."""
+        if settings.variant.initial_factors == "gradient":
+            start_factors(
+                self._part(self.K, rows), G, batch_size=batch_size, lam=settings.lam
+            )
         update = partial(update_factors, workspace=workspace)
         if self._elementwise:
             update = _elementwise.update_factors  # type: ignore[assignment]
@@ -336,6 +365,27 @@ class Stack:
             alpha2=settings.alpha2,
             lam=settings.lam,
         )
+
+    def _accumulate(self, rows: slice, moves: Tensor | None, alpha1: float) -> None:
+        """Add the gradients of a run of rows to their momentum."""
+        for j, V_j in enumerate(self.V or []):
+            grads = [local(unit.params[j].grad) for unit in self.units[rows]]  # type: ignore[arg-type]
+            accumulate(V_j[rows], stacked(grads), alpha1=alpha1, moves=moves)
+
+    def whole_momenta(self, rows: slice) -> list[Tensor]:
+        """Return whole momenta of each of a unit's parameters, ``[rows, *shape]``.
+
+        Nothing if there are none, or they lie on another rank. Ranks communicate if
+        parameters are distributed.
+        """
+        units = self.units[rows]
+        return [
+            whole_rows([distributed_like(v, p) for v in V_j[rows].unbind(0)], p)
+            if is_dtensor(p)
+            else V_j[rows]
+            for V_j, p in zip(self.V or [], units[0].params, strict=False)
+            if len(V_j)
+        ]
 
     def precondition(
         self, rows: slice, G: Tensor, preparation: Preparation | None = None
@@ -361,6 +411,13 @@ class Stack:
         return matrices if whole else [matrix[rows] for matrix in matrices]
 
 
+def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:
+    """Return a mask less the rows of X that are not finite; None: it holds for all."""
+    # one entry that is not finite makes the sum so
+    finite = finite_rows(X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype)))
+    return finite if moves is None else moves if finite is None else moves & finite
+
+
 def _scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
     """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
     shapes, rule = [p.shape for p in units[0].params], units[0].rule
@@ -377,6 +434,7 @@ def stack_units(
     *,
     step: int,
     rank: int | None = None,
+    initial_factors: str = "identity",
 ) -> list[Stack]:
     """Stack units that are alike, with the numbers that the state holds for them.
 
@@ -386,6 +444,7 @@ def stack_units(
         state: The optimizer's state; the rows of the stacks are left there.
         step: The optimizer's global step, for units that have no state yet.
         rank: This rank; it holds the factors of its units and of those without owner.
+        initial_factors: Where factors start, for those units.
     """
     alike: dict[Any, list[Unit]] = {}
     for unit in units:
@@ -412,7 +471,14 @@ def stack_units(
         for start in range(0, len(members), rows):
             chunk = members[start : start + rows]
             held = owner is None or owner == rank
-            stack = Stack(chunk, has_m=has_m, has_V=has_V, step=step, held=held)
+            stack = Stack(
+                chunk,
+                has_m=has_m,
+                has_V=has_V,
+                step=step,
+                held=held,
+                initial_factors=initial_factors,
+            )
             stack.place(state)
             stacks.append(stack)
     return stacks

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite, sqrt
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +96,43 @@ class Workspace:
         parts = buffer[: sum(sizes)].split(sizes)
         pairs = zip(parts, K.tensors(), strict=True)
         return type(K)(*(part.view(t.shape) for part, t in pairs))
+
+
+class Variant(NamedTuple):
+    """Where a step departs from Figure 3; see the constructor of ``SIRFShampoo``."""
+
+    initial_factors: str = "identity"
+    momentum_first: bool = False
+    max_update_rms: float | None = None
+
+
+def start_factors(
+    K: Sequence[StructuredMatrix], G: Tensor, *, batch_size: int, lam: float
+) -> None:
+    """Let factors that are 0, which have not started, start at the gradient's scale.
+
+    K_n ← (B · mean(G²) + lam)^(−1/(2N)) · I, which is the fixed point of the update
+    for a gradient of uncorrelated, equally large entries. Without a finite scale (for
+    a gradient that is not finite, or is 0 without damping) factors stay 0.
+
+    Args:
+        K: The factor of each axis.
+        G: Gradients of the mean loss, ``[rows, *dims]``.
+        batch_size: The number of examples B that the loss averages over.
+        lam: Damping.
+    """
+    starts = K[0].max_abs() == 0
+    if _device.is_at_hand(starts) and not bool(starts.any()):
+        return
+    dtype = accumulation_dtype(G.dtype)
+    norm = torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=dtype)
+    power = norm.square() * (batch_size / max(G[0].numel(), 1)) + lam
+    scale = power.pow(-1 / (2 * len(K)))
+    scale = torch.where(starts & scale.isfinite(), scale, torch.zeros_like(scale))
+    for K_n in K:
+        is_short = K_n.dtype == torch.float16
+        within = scale.clamp(max=LARGEST_FLOAT16) if is_short else scale
+        K_n.shift_(within.to(K_n.dtype))
 
 
 def update_factors(
@@ -292,6 +329,38 @@ def precondition(factors: Sequence[Preconditioner], G: Tensor) -> Tensor:
     for scale in scales:
         U = U * per_matrix(scale, U)
     return U.to(G.dtype)
+
+
+def limit_update(U: Tensor, *, lr: float | Tensor, max_update_rms: float) -> Tensor:
+    """Scale rows of U down to where lr times their root mean square is the maximum.
+
+    Args:
+        U: Pre-conditioned gradients, ``[rows, *dims]``.
+        lr: Learning rate; a tensor ``[rows]`` has one value a row.
+        max_update_rms: The maximum.
+    """
+    dtype = accumulation_dtype(U.dtype)
+    norm = torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
+    scale = max_update_rms * max(U[0].numel(), 1) ** 0.5 / (norm * lr)
+    if unless_all(scale >= 1) is None:
+        return U
+    return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)
+
+
+def accumulate(V: Tensor, G: Tensor, *, alpha1: float, moves: Tensor | None) -> None:
+    """Update the momentum of gradients in place: V ← alpha1 · V + G.
+
+    Args:
+        V: The momentum of a parameter of the rows, ``[rows, *shape]``.
+        G: Its gradients, ``[rows, *shape]``.
+        alpha1: Momentum.
+        moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
+            rows move.
+    """
+    if moves is None:
+        V.mul_(alpha1).add_(G)
+    else:
+        V.copy_(torch.where(per_matrix(moves, V), V * alpha1 + G, V))
 
 
 def descend(

@@ -20,6 +20,8 @@ from sirfshampoo._config import (
     adopt_cycled_momentum,
     check_batch_size,
     check_flag,
+    check_initial_factors,
+    check_max_update_rms,
     check_model,
     check_options,
     check_rule,
@@ -34,7 +36,7 @@ from sirfshampoo._diagnostics import (
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
-from sirfshampoo._distributed import Ranks, is_initialized
+from sirfshampoo._distributed import Ranks, is_dtensor, is_initialized
 from sirfshampoo._memory import check_memory
 from sirfshampoo._owners import Owners
 from sirfshampoo._precision import full_precision
@@ -42,7 +44,7 @@ from sirfshampoo._spread import spread
 from sirfshampoo._stack import Settings, Stack, Task, stack_units
 from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
-from sirfshampoo._update import Workspace
+from sirfshampoo._update import Variant, Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 
@@ -134,6 +136,9 @@ class SIRFShampoo(Optimizer):
         spread_updates: bool = False,
         process_group: ProcessGroup | DeviceMesh | Literal[False] | None = None,
         shard_preconditioners: ProcessGroup | DeviceMesh | bool = False,
+        initial_factors: str = "identity",
+        momentum_first: bool = False,
+        max_update_rms: float | None = None,
     ) -> None:
         """Set up the optimizer.
 
@@ -202,6 +207,21 @@ class SIRFShampoo(Optimizer):
                 True, or the ranks to share them: a process group or a mesh of one
                 dimension, each with the same gradients or shards of them. All ranks
                 must call `state_dict`, `load_state_dict` and `diagnostics` then.
+            initial_factors: Where factors start: at ``'identity'``; or at
+                ``'gradient'``, that is at (B · mean(G²) + lam)^(−1/(2N)) · I of the
+                gradient G, with N axes, in the first update in which it is finite.
+                Until then factors are 0, and their parameters rest. From the identity
+                hundreds of updates pass until factors have the gradient's scale. See
+                ``docs/from_adamw.md`` for what it gains.
+            momentum_first: Whether the momentum averages gradients, which are then
+                pre-conditioned, and not pre-conditioned gradients: V ← alpha1 · V + G,
+                W ← W − lr · (U(V) + kappa · W). The newest factors then serve all that
+                is in the momentum; the weight decay is that of AdamW.
+            max_update_rms: The largest root mean square of lr · U, of each
+                pre-conditioner and step: a larger U is scaled down. Without
+                `momentum_first`, the momentum adds up to 1 / (1 − alpha1) of them.
+                U grows as gradients vanish, and this stops the divergence that the
+                next surprise makes of it. Default: None, no limit.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -223,6 +243,9 @@ class SIRFShampoo(Optimizer):
         }
         check_options(defaults)
         check_flag("spread_updates", spread_updates)
+        check_initial_factors(initial_factors)
+        check_flag("momentum_first", momentum_first)
+        check_max_update_rms(max_update_rms)
         self._model = model if isinstance(model, Module) else None
         if self._model is None:
             params = model  # type: ignore[assignment]
@@ -233,6 +256,7 @@ class SIRFShampoo(Optimizer):
         self._global_step = 0
         self.debug = False
         self.spread_updates = spread_updates
+        self._variant = Variant(initial_factors, momentum_first, max_update_rms)
         # the phase of each group, and what it follows from
         self._phases: tuple[Any, list[int]] = None, []
         self._batch_size = BatchSizeCounter(batch_size)
@@ -317,6 +341,11 @@ class SIRFShampoo(Optimizer):
         if self.spread_updates and callable(given["T"]):
             warn_of_callable_interval(names)
         if self._owners is not None:
+            if self._variant.momentum_first and any(map(is_dtensor, given["params"])):
+                raise ValueError(
+                    "Argument 'momentum_first' must be False where parameters and "
+                    f"pre-conditioners are sharded, got True for {names}."
+                )
             units = self._owners.assign(units, [*before, *groups], self._units)
         if self._is_set_up:  # else the constructor does it once for all
             self._identified.clear()
@@ -421,7 +450,9 @@ class SIRFShampoo(Optimizer):
         for group in self.param_groups:
             adopt_cycled_momentum(group)
         settings = [
-            Settings.of_group(group, due=due) if has_gradients else None
+            Settings.of_group(group, due=due, variant=self._variant)
+            if has_gradients
+            else None
             for group, due, has_gradients in zip(
                 self.param_groups, self._due(), present, strict=True
             )
@@ -499,6 +530,7 @@ class SIRFShampoo(Optimizer):
             self.state,
             step=self.global_step,
             rank=None if self._owners is None else self._owners.rank,
+            initial_factors=self._variant.initial_factors,
         )
         return self._stacks
 
@@ -571,7 +603,10 @@ class SIRFShampoo(Optimizer):
             wait for each device.
         """
         told = diagnostics(
-            self._current_stacks(), self.param_groups, self._unit_names()
+            self._current_stacks(),
+            self.param_groups,
+            self._unit_names(),
+            self._variant,
         )
         return told if self._owners is None else self._owners.exchange.joined(told)
 

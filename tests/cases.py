@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64, nn
 
+from sirfshampoo import GrowingInterval
+
 DOCUMENTED_STRUCTURES = (
     "dense",
     "diagonal",
@@ -69,6 +71,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "alphas=0,kappa=0.1": {**FAST, "alpha1": 0.0, "alpha2": 0.0, "kappa": 0.1},
     "T=3": {**FAST, "T": 3, "kappa": 0.01, "structures": mixture(2)},
     "T=at-powers-of-two": {**FAST, "T": at_powers_of_two, "structures": mixture(4)},
+    "from-the-gradient": {
+        **FAST,
+        "initial_factors": "gradient",
+        "structures": mixture(0),
+    },
+    "momentum-first": {
+        **FAST,
+        "momentum_first": True,
+        "kappa": 0.1,
+        "structures": mixture(1),
+    },
+    "limited-update": {**FAST, "max_update_rms": 0.01, "structures": mixture(2)},
+    "all-options": {
+        **FAST,
+        "T": GrowingInterval(3),
+        "initial_factors": "gradient",
+        "momentum_first": True,
+        "max_update_rms": 0.01,
+        "structures": mixture(3),
+    },
+    "all-options-diagonal-bfloat16": {
+        **FAST,
+        "initial_factors": "gradient",
+        "momentum_first": True,
+        "max_update_rms": 0.01,
+        "preconditioner_dtypes": bfloat16,
+        "structures": "diagonal",
+    },
+    "all-options-float16": {
+        **FAST,
+        "initial_factors": "gradient",
+        "momentum_first": True,
+        "max_update_rms": 0.01,
+        "preconditioner_dtypes": float16,
+        "structures": mixture(0),
+    },
     "float32-factors": {**FAST, "preconditioner_dtypes": float32},
     "bfloat16-factors": {**FAST, "preconditioner_dtypes": bfloat16},
     "float16-factors": {**FAST, "preconditioner_dtypes": float16},

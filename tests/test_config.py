@@ -41,29 +41,32 @@ def snapshot(optimizer: SIRFShampoo) -> Any:
 
 def test_constructor_has_the_documented_arguments_in_order() -> None:
     parameters = inspect.signature(SIRFShampoo).parameters
-    positional = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    ]
-    assert positional == ["model", *DOCUMENTED]
-    options = ["spread_updates", "process_group", "shard_preconditioners"]
-    assert list(parameters)[len(positional) :] == options
-    assert parameters["spread_updates"].default is False
-    assert parameters["process_group"].default is None
-    assert parameters["shard_preconditioners"].default is False
+    beyond = {
+        "spread_updates": False,
+        "process_group": None,
+        "shard_preconditioners": False,
+        "initial_factors": "identity",
+        "momentum_first": False,
+        "max_update_rms": None,
+    }
+    assert list(parameters) == ["model", *DOCUMENTED, *beyond]
+    for name, default in beyond.items():
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default is default
     assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
 
 
 def test_public_names() -> None:
     assert sorted(sirfshampoo.__all__) == [
         "FlattenEmbedding",
+        "GrowingInterval",
         "LinearWeightBias",
         "PerParameter",
         "PreconditionerGroup",
         "SIRFShampoo",
         "Summary",
         "choose_structures",
+        "recipe",
         "summary",
     ]
     assert len(DEFAULT_COMBINE_PARAMS) == 1

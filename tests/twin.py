@@ -190,6 +190,8 @@ class Unit:
         self.V = [torch.zeros_like(W) for W in self.W]
         dims = self.group(self.W).shape
         self.K = [torch.eye(d, dtype=torch.float64) for d in dims]
+        if self.settings["initial_factors"] == "gradient":
+            self.K = [torch.zeros_like(K) for K in self.K]
         self.m = [torch.zeros(d, d, dtype=torch.float64) for d in dims]
         names = per_axis(self.settings["structures"], len(dims))
         self.Pi = [PROJECTIONS[name] for name in names]
@@ -210,6 +212,9 @@ class Twin:
         kappa: float = 0.0,
         T: int | Callable[[int], bool] = 1,
         structures: Any = "dense",
+        initial_factors: str = "identity",
+        momentum_first: bool = False,
+        max_update_rms: float | None = None,
     ) -> None:
         """Take units as `find_units` returns them, and the documented settings."""
         settings = {k: v for k, v in locals().items() if k not in ("self", "units")}
@@ -230,6 +235,10 @@ class Twin:
         axes, T = range(G.ndim), s["T"]
 
         if T(self.global_step) if callable(T) else self.global_step % T == 0:
+            if all(float(K_n.abs().max()) == 0 for K_n in K):
+                power = B * float((G**2).mean()) + s["lam"]
+                for n in axes:
+                    K[n] = power ** (-0.5 / G.ndim) * torch.eye(len(K[n])).double()
             # every quantity from the old factors of all axes
             A = B**0.5 * G
             for n in axes:
@@ -247,10 +256,18 @@ class Twin:
                 size = max(1.0, float((m[n] ** 2).sum() ** 0.5))
                 K[n] = K[n] - s["beta2"] / size * K[n] @ m[n]
 
-        U = G
+        if s["momentum_first"]:
+            unit.V = [s["alpha1"] * V + g for V, g in zip(unit.V, Gs, strict=True)]
+        U = unit.group(unit.V) if s["momentum_first"] else G
         for n in axes:
             U = times(U, K[n] @ K[n].T, n)
+        if s["max_update_rms"] is not None:
+            rms = s["lr"] * float((U**2).mean() ** 0.5)
+            U = U * min(1.0, s["max_update_rms"] / max(rms, 1e-300))
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
+            if s["momentum_first"]:
+                unit.W[i] = unit.W[i] - s["lr"] * (P + s["kappa"] * unit.W[i])
+                continue
             unit.V[i] = s["alpha1"] * unit.V[i] + (P + s["kappa"] * unit.W[i])
             unit.W[i] = unit.W[i] - s["lr"] * unit.V[i]
 

@@ -16,29 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks import environment
-from sirfshampoo import SIRFShampoo
+from sirfshampoo import GrowingInterval, SIRFShampoo, recipe
 
 Settings = Mapping[str, Any]
 Builder = Callable[[nn.Module, dict[str, Any]], list[Optimizer]]
-
-
-class GrowingInterval:
-    """Whether to update in a step, at intervals that grow: ⌊log₄(step + 1)⌋.
-
-    The interval is at least 1 and at most `T`.
-    """
-
-    def __init__(self, T: int) -> None:
-        """Start with an update in the first step."""
-        self.T, self.due = T, 0
-
-    def __call__(self, step: int) -> bool:
-        """Answer for the next step; steps come in order."""
-        if step < self.due:
-            return False
-        # exact, where a logarithm would round: the number of base-4 digits less one
-        self.due = step + min(max(((step + 1).bit_length() - 1) // 2, 1), self.T)
-        return True
 
 
 def _sirfshampoo(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
@@ -51,6 +32,11 @@ def _sirfshampoo(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
     if isinstance(settings.get("T"), str):
         settings["T"] = GrowingInterval(int(settings["T"].removeprefix("growing to ")))
     return [SIRFShampoo(model, **settings)]
+
+
+def _recipe(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
+    batch_size = settings.pop("batch_size")
+    return _sirfshampoo(model, {**recipe(model, batch_size=batch_size), **settings})
 
 
 def _sgd(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
@@ -118,6 +104,7 @@ def _heavyball(
 
 BUILDERS: dict[str, Builder] = {
     "sirfshampoo": _sirfshampoo,
+    "recipe": _recipe,
     "sgd": _sgd,
     "adamw": _adamw,
     "muon": _muon,
@@ -135,10 +122,10 @@ PACKAGE_OF = {
 """The packages of `environment.PACKAGES` that a builder imports."""
 
 
-WANTS: dict[str, tuple[str, ...]] = {}
+WANTS: dict[str, tuple[str, ...]] = {"recipe": ("batch_size",)}
 """What a builder wants to know of the run, such as `"batch_size"`, beside settings."""
 
-OURS = ("sirfshampoo",)
+OURS = ("sirfshampoo", "recipe")
 """Builders of this package's optimizer."""
 
 

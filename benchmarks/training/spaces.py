@@ -170,6 +170,10 @@ CONTESTANTS: dict[str, Contestant] = {
     },
     # Fixed settings: nothing is searched, other learning rates are tried beside.
     "sirf-defaults": Contestant("SIRFShampoo, documented defaults", "sirfshampoo", {}),
+    "sirf-recipe": Contestant("SIRFShampoo, the recipe", "recipe", {}),
+    "sirf-recipe-bf16": Contestant(
+        "SIRFShampoo, the recipe, bfloat16", "recipe", _BF16
+    ),
     "sirf-readme": Contestant(
         "SIRFShampoo, the README's values",
         "sirfshampoo",
@@ -192,6 +196,8 @@ MAIN = (
     "sirf-T10",
     "sirf-bf16-T10",
     "sirf-diagonal",
+    "sirf-recipe",
+    "sirf-recipe-bf16",
     "sirf-defaults",
 )
 """Who takes part unasked."""

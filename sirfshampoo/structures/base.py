@@ -292,10 +292,13 @@ class StructuredMatrix(ABC):
             return self.map(lambda t: (t * per_matrix(alpha, t)).to(t.dtype))
         return self.map(lambda t: t * alpha)
 
-    def shift_(self, alpha: float) -> Self:
-        """Add ``alpha`` · I in place."""
+    def shift_(self, alpha: float | Tensor) -> Self:
+        """Add ``alpha`` · I in place; a tensor ``alpha`` holds one value a matrix."""
         for diagonal in self.diagonals():
-            diagonal.add_(alpha)
+            if isinstance(alpha, Tensor):
+                diagonal.add_(per_matrix(alpha, diagonal))
+            else:
+                diagonal.add_(alpha)
         return self
 
     def add_(self, other: Self, alpha: float | Tensor = 1.0) -> Self:
