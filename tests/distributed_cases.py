@@ -58,6 +58,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "joined, T=2": {"combine_params": JOIN, "T": 2, "structures": mixture(3)},
     "no momenta": {"alpha1": 0.0, "alpha2": 0.0, "kappa": 0.1},
     "float32 factors": {"preconditioner_dtypes": torch.float32},
+    "momentum first": {
+        "combine_params": JOIN,
+        "initial_factors": "gradient",
+        "momentum_first": True,
+        "max_update_rms": 0.01,
+        "structures": {1: "diagonal", 2: "dense"},
+    },
 }
 """What is said to the optimizer beside `FAST`."""
 
@@ -223,6 +230,10 @@ def fsdp(
     expected = deepcopy(model)
     twin = alone(expected, make)
     shard(model, meshes()[mesh])
+    if owned and OPTIONS[options].get("momentum_first"):
+        with pytest.raises(ValueError, match=r"momentum_first.*must be False"):
+            make(model, shard_preconditioners=owned)
+        return
     optimizer = make(model, shard_preconditioners=owned)
     together(model, optimizer)
     assert_equal_parameters(model, expected)

@@ -44,7 +44,8 @@ def four() -> Iterator[Ranks]:
 
 def some(options: str) -> Any:
     """Leave to `make test` what has most in it."""
-    marks = () if options in ("joined, T=2", "T=3") else (pytest.mark.heavy,)
+    short = "joined, T=2", "T=3", "momentum first"
+    marks = () if options in short else (pytest.mark.heavy,)
     return pytest.param(options, marks=marks)
 
 
