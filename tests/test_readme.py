@@ -16,7 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(snippets) == 8
+    assert len(snippets) == 9
     # 1 to 4 axes, an embedding, linear layers: what the snippets talk about
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Linear(6, 3))
     data = [(torch.randint(7, (8,)), torch.randint(3, (8,))) for _ in range(3)]
