@@ -50,7 +50,12 @@ def graph_breaks() -> int:
 
 
 @pytest.mark.parametrize(
-    "structures", [*STRUCTURES, mixture(3)], ids=[*STRUCTURES, "mixture"]
+    "structures",
+    [
+        pytest.param("dense", id="dense"),
+        pytest.param(mixture(3), id="mixture"),
+        *(pytest.param(name, marks=pytest.mark.heavy) for name in STRUCTURES[1:]),
+    ],
 )
 def test_two_variants_follow_the_twin_under_a_scheduler(structures: Any) -> None:
     model = layers()
