@@ -16,7 +16,7 @@ class GrowingInterval:
     every second, from step 63 on in every third; in every T-th from step 4^T on. It
     answers from the step alone, so that training resumes exactly.
 
-    On a character transformer of 400 steps it costs 128 updates instead of 400.
+    In the first 400 steps, `GrowingInterval(10)` makes 140 updates.
 
     Attributes:
         T: The longest interval.
