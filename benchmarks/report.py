@@ -159,7 +159,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     )
     axes.bar_label(bars, labels=[f"{m:.3g}" for m in middle], padding=4)
     axes.set_xscale("log")
-    axes.set_xlim(0.7, 2 * max(middle))
+    axes.set_xlim(0.7 * min(middle), 2 * max(middle))
     axes.set_xlabel("time of one step, in AdamW(foreach=True) steps of the same round")
     axes.set_title(f"{result['workload']}, {result['environment']['cpu']}")
     axes.invert_yaxis()
