@@ -16,6 +16,7 @@ from sirfshampoo._config import (
     dtypes_of_axes,
     plain_numbers,
 )
+from sirfshampoo._units import Unit
 
 Group = Mapping[str, Any]
 
@@ -109,6 +110,31 @@ def check_fit(
             f"Argument 'state_dict' must hold one global step >= 0, got {steps}."
         )
     return by_parameter, next(iter(steps), None)
+
+
+def check_symmetric(
+    units: Sequence[Unit], by_parameter: Mapping[Tensor, Mapping[str, Tensor]]
+) -> None:
+    """Check that factors which must be symmetric are saved so.
+
+    Args:
+        units: The optimizer's units.
+        by_parameter: The saved tensors of each parameter.
+
+    Raises:
+        ValueError: If one is not: it was learned with another exponent.
+    """
+    for unit in units:
+        saved = by_parameter.get(unit.params[0], {})
+        once = [f"K{n}." for n, times in enumerate(unit.times) if times == 1]
+        for key, t in saved.items():
+            matrix = t.ndim > 1 and any(map(key.startswith, once))
+            if matrix and not t.is_meta and not torch.equal(t, t.mT):
+                raise ValueError(
+                    "Argument 'state_dict' must have symmetric factors for the "
+                    f"exponent {unit.exponent}, got {key!r} of group {unit.group}, "
+                    "which is not: it was learned with another exponent."
+                )
 
 
 def _check_group(owner: str, saved: Group, present: Group) -> None:

@@ -16,6 +16,9 @@ from sirfshampoo.structures import structure_class
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: Powers of the inverse that come from products alone.
+EXPONENTS = (0.5, 0.75, 1.0)
+
 #: What other optimizers call things, and what to write here.
 _FOREIGN = {
     "momentum": "'alpha1'",
@@ -109,7 +112,9 @@ def _check_axes(argument: str, value: Any) -> None:
 
 _non_negative = _number("a finite number >= 0", lambda x: x >= 0)
 _positive = _number("None or a finite number > 0", lambda x: x > 0)
+_above_0 = _number("a finite number > 0", lambda x: x > 0)
 _fraction = _number("a number in [0, 1)", lambda x: 0 <= x < 1)
+_fractions = _number("numbers in [0, 1)", lambda x: 0 <= x < 1)
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lr": _non_negative,
@@ -240,10 +245,35 @@ def check_initial_factors(value: Any) -> None:
         )
 
 
+def check_exponent(value: Any) -> None:
+    """Check the constructor's `exponent`."""
+    if value not in EXPONENTS:
+        raise ValueError(f"Argument 'exponent' must be in {EXPONENTS}, got {value!r}.")
+
+
 def check_max_update_rms(value: Any) -> None:
     """Check the constructor's `max_update_rms`."""
     if value is not None:
         _positive("max_update_rms", value)
+
+
+def check_count(argument: str, value: Any) -> None:
+    """Check a number of things."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"Argument '{argument}' must be an integer > 0, got {value!r}."
+        )
+
+
+def check_adamw(*, lr: Any, betas: Any, weight_decay: Any) -> None:
+    """Check what one gives AdamW."""
+    _above_0("lr", lr)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Argument 'betas' must be two numbers, got {betas!r}.")
+    for beta in betas:
+        _fractions("betas", beta)
+    if weight_decay is not None:
+        _non_negative("weight_decay", weight_decay)
 
 
 def check_rule(rule: PreconditionerGroup) -> None:

@@ -14,6 +14,7 @@ from sirfshampoo._distributed import local
 from sirfshampoo._interval import GrowingInterval
 from sirfshampoo._units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
+from sirfshampoo.structures.base import accumulation_dtype
 
 #: How many steps a kept K Kᵀ is taken to serve if the interval is a callable.
 _GUESSED_INTERVAL = 10
@@ -84,6 +85,8 @@ def cost_of(unit: Unit, group: Mapping[str, Any]) -> Cost:
         unit.dims,
         unit.structures,
         unit.dtypes,
+        unit.times,
+        unit.exponent,
         has_m=bool(group["alpha2"]),
         damped=bool(group["lam"]),
         interval=interval_of(group),
@@ -95,6 +98,8 @@ def _cost(
     dims: Size,
     structures: tuple[str, ...],
     dtypes: tuple[torch.dtype, ...],
+    times: tuple[int, ...],
+    exponent: float,
     *,
     has_m: bool,
     damped: bool,
@@ -103,7 +108,7 @@ def _cost(
     axis_bytes: list[int] = []
     kept_bytes = update_flops = step_flops = 0
     elementwise = all(name == "diagonal" for name in structures)
-    for dim, name, dtype in zip(dims, structures, dtypes, strict=True):
+    for dim, name, dtype, t in zip(dims, structures, dtypes, times, strict=True):
         structure, columns = structure_class(name), dims.numel() // max(dim, 1)
         stored = structure.num_stored(dim)
         axis_bytes.append(stored * dtype.itemsize * (2 if has_m else 1))
@@ -112,11 +117,12 @@ def _cost(
             step_flops += dims.numel() + dim
             continue
         product = structure.flops(dim, columns, dtype)  # with an unfolded gradient
-        # A, H, Kᵀ K and K m
-        update_flops += 2 * product + (2 if damped else 1) * _among(structure, dim)
+        # A, H, Kᵀ K and K m, of symmetric factors also m K
+        among = (2 if damped else 1) + (1 if t == 1 else 0)
+        update_flops += 2 * product + among * _among(structure, dim)
 
         outer = structure.outer_structure(dim, dtype)
-        if squaring_pays(structure, dtype, dim, columns, interval) and outer:
+        if t == 2 and squaring_pays(structure, dtype, dim, columns, interval) and outer:
             step_flops += outer.flops(dim, columns, dtype)
             if interval == 1:
                 step_flops += _among(outer, dim)
@@ -124,11 +130,11 @@ def _cost(
                 update_flops += _among(outer, dim)
                 kept_bytes += outer.num_stored(dim) * dtype.itemsize
         else:
-            step_flops += 2 * product
+            step_flops += t * product
             if interval > 1 and dtype == torch.float16:
                 kept_bytes += stored * dtype.itemsize
-        if interval > 1 and dtype == torch.float16:
-            kept_bytes += torch.float32.itemsize  # its scale
+        if interval > 1 and (dtype == torch.float16 or t != 2 * exponent):
+            kept_bytes += accumulation_dtype(dtype).itemsize  # its scale
     if elementwise:
         update_flops += dims.numel()
     return Cost(tuple(axis_bytes), kept_bytes, update_flops, step_flops)

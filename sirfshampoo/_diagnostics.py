@@ -38,7 +38,8 @@ def diagnostics(
     for stack in stacks:
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
-            found = _of_direction(stack, row, lr, variant)  # needs all ranks
+            alpha1 = float(groups[unit.group]["alpha1"])
+            found = _of_direction(stack, row, alpha1, variant)  # needs all ranks
             if stack.held:
                 of_unit[unit.group] = _of_row(stack, row, lr, *found)
     labels = ["+".join(of_unit) for of_unit in names]
@@ -58,7 +59,7 @@ def diagnostics(
 
 
 def _of_direction(
-    stack: Stack, row: int, lr: float, variant: Variant
+    stack: Stack, row: int, alpha1: float, variant: Variant
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what a unit's parameters move along, and its momentum.
 
@@ -66,17 +67,18 @@ def _of_direction(
     """
     unit, rows = stack.units[row], slice(row, row + 1)
     momentum = stack.whole_momenta(rows)
-    if momentum and not variant.momentum_first:
-        return momentum, momentum
-    if not momentum and not unit.has_gradients():
-        return [], []
-    G = joint_gradients([unit]) if not momentum else joined([unit], momentum)
-    if not stack.held:
-        return [], momentum
+    V = joined([unit], momentum) if momentum else None
+    G = None
+    if (V is None or variant.nesterov) and unit.has_gradients():
+        G = joint_gradients([unit])
+    if V is not None and variant.momentum_first:
+        G, V = V if G is None else G + alpha1 * V, None
+    if G is None or not stack.held:
+        return ([] if V is None else momentum), momentum
     U = stack.precondition(rows, G)
     if variant.max_update_rms is not None:
-        U = limit_update(U, lr=lr, max_update_rms=variant.max_update_rms)
-    return [U], momentum
+        U = limit_update(U, max_update_rms=variant.max_update_rms)
+    return [U if V is None else U + alpha1 * V], momentum
 
 
 def _of_row(

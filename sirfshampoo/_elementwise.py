@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sirfshampoo._update import LARGEST_FLOAT16, finite_rows
+from sirfshampoo._update import LARGEST_FLOAT16, Form, finite_rows
 from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
@@ -24,6 +24,7 @@ def update_factors(
     m: Sequence[DiagonalMatrix] | None,
     G: Tensor,
     *,
+    times: Sequence[int],
     batch_size: int,
     beta2: float,
     alpha2: float,
@@ -62,22 +63,32 @@ def update_factors(
         else:
             weight = finite.to(s_n.dtype) * (1 - alpha2)
             m_n = m[n].diag.lerp_(s_n.to(dtype), weight.to(dtype))
-        # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
+        # K_n ← K_n E with E = I − beta2 / max(1, ‖m_n‖_F) · m_n; where K_n is applied
+        # once, K_n ← E K_n E with half the rate
         norm = torch.linalg.vector_norm(m_n, dim=-1, keepdim=True, dtype=s_n.dtype)
         rate = norm.clamp_(min=1.0).reciprocal_()
         if finite is not None:
             rate *= finite
-        k.addcmul_(k, (m_n * rate).to(dtype), value=-beta2)
+        change = m_n * (rate * -beta2)
+        if times[n] == 1:
+            change = change + change.square() / 4  # (1 + x / 2)² − 1
+        k.addcmul_(k, change.to(dtype))
         if dtype == torch.float16:
             k.clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16)
     return finite if finite is None else finite.squeeze(-1)
 
 
-def precondition(K: Sequence[DiagonalMatrix], G: Tensor) -> Tensor:
-    """Return U = G ×_1 K_1 K_1ᵀ ×_2 … ×_N K_N K_Nᵀ in G's type."""
+def precondition(
+    K: Sequence[DiagonalMatrix], G: Tensor, *, forms: Sequence[Form]
+) -> Tensor:
+    """Return U = G ×_1 P_1 ×_2 … ×_N P_N in G's type; see ``_update.precondition``."""
     U: Tensor | None = None
-    for n, k2 in enumerate(_squares(K, G)):
-        weights = k2.reshape(len(G), *(-1 if i == n else 1 for i in range(len(K))))
+    for n, (k2, form) in enumerate(zip(_squares(K, G), forms, strict=True)):
+        weights = k2 if form.times == 2 else K[n].diag.to(k2.dtype)
+        if form.size:
+            mean = k2.mean(-1, keepdim=True).clamp(min=torch.finfo(k2.dtype).tiny)
+            weights = weights * mean ** (form.size / 2)
+        weights = weights.reshape(len(G), *(-1 if i == n else 1 for i in range(len(K))))
         U = G * weights if U is None else U.mul_(weights)
     return G if U is None else U.to(G.dtype)
 

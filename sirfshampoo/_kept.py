@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from torch import Size
-
 from sirfshampoo._costs import squaring_pays
-from sirfshampoo._update import Preconditioner
+from sirfshampoo._units import Unit
+from sirfshampoo._update import Form, Preconditioner
 from sirfshampoo.structures import StructuredMatrix
 
 
 class Preparation(NamedTuple):
     """How the factors of a run of rows are brought into the form for gradients."""
 
-    form: list[bool]  # for each axis, whether K Kᵀ costs less than what it saves
+    form: list[Form]  # of each axis
     fresh: tuple[slice, ...] | None  # the rows to be made anew; None: nothing is kept
 
 
@@ -27,14 +26,14 @@ class KeptProducts:
     CUDA graph looks for it.
     """
 
-    def __init__(self, K: Sequence[StructuredMatrix], dims: Size) -> None:
+    def __init__(self, K: Sequence[StructuredMatrix], unit: Unit) -> None:
         """Keep nothing at first.
 
         Args:
             K: The factor of each axis, ``[rows, d_n, d_n]``; written in place later.
-            dims: The shape of a gradient, ``[d_1, …, d_N]``.
+            unit: A unit of those that the rows stand for; they are alike.
         """
-        self._K, self._dims = K, dims
+        self._K, self._unit = K, unit
         self._rows = K[0].batch_shape.numel()
         self._kept: list[Preconditioner] | None = None
         self._outdated: set[int] = set()
@@ -59,7 +58,7 @@ class KeptProducts:
 
     def for_once(self) -> Preparation:
         """Return how rows are to be prepared where nothing is kept."""
-        return Preparation(self._squared(1), None)
+        return Preparation(self._forms(1), None)
 
     def plan(self, rows: slice, interval: int, *, due: bool) -> Preparation:
         """Return how a run of rows is to be prepared in this step.
@@ -76,16 +75,16 @@ class KeptProducts:
             self._outdated |= numbers
         if interval == 1:
             return self.for_once()
-        form = self._squared(interval)
+        form = self._forms(interval)
         if self._kept is None or (
             # T has changed
             len(self._outdated) == self._rows
-            and form != [kept.squared for kept in self._kept]
+            and form != [kept.form for kept in self._kept]
         ):
             self._kept = None  # its memory is free before the next is taken
             self._kept = [
-                Preconditioner.allocate(K_n, squared=pays)
-                for K_n, pays in zip(self._K, form, strict=True)
+                Preconditioner.allocate(K_n, form_n)
+                for K_n, form_n in zip(self._K, form, strict=True)
             ]
             self._outdated.update(range(self._rows))
         fresh = tuple(_runs(self._outdated & numbers))
@@ -99,25 +98,30 @@ class KeptProducts:
         for run in preparation.fresh:
             for K_n, kept in zip(self._K, self._kept, strict=True):
                 if kept.is_copy:  # axis by axis: little memory is needed beside it
-                    fresh = Preconditioner.prepare(K_n[run], squared=kept.squared)
+                    fresh = Preconditioner.prepare(K_n[run], kept.form)
                     kept[run].copy_(fresh)
         return [kept[rows] for kept in self._kept]
 
-    def _squared(self, interval: int) -> list[bool]:
-        """Return, a axis, whether K Kᵀ costs less than what it saves."""
-        size = self._dims.numel()
+    def _forms(self, interval: int) -> list[Form]:
+        """Return the form of each axis; K Kᵀ is formed where that pays."""
+        size, exponent = self._unit.dims.numel(), self._unit.exponent
         return [
-            squaring_pays(
-                type(K_n), K_n.dtype, K_n.dim, size // max(K_n.dim, 1), interval
+            Form(
+                times,
+                times == 2
+                and squaring_pays(
+                    type(K_n), K_n.dtype, K_n.dim, size // max(K_n.dim, 1), interval
+                ),
+                2 * exponent - times,
             )
-            for K_n in self._K
+            for K_n, times in zip(self._K, self._unit.times, strict=True)
         ]
 
-    def _prepare(self, rows: slice, squared: Sequence[bool]) -> list[Preconditioner]:
+    def _prepare(self, rows: slice, forms: Sequence[Form]) -> list[Preconditioner]:
         whole = rows.stop - rows.start == self._rows
         return [
-            Preconditioner.prepare(K_n if whole else K_n[rows], squared=pays)
-            for K_n, pays in zip(self._K, squared, strict=True)
+            Preconditioner.prepare(K_n if whole else K_n[rows], form)
+            for K_n, form in zip(self._K, forms, strict=True)
         ]
 
 

@@ -6,37 +6,49 @@ from typing import Any
 
 from torch.nn import Module, Parameter
 
+from sirfshampoo._config import check_adamw, check_count
 from sirfshampoo._interval import GrowingInterval
 
 __all__ = ["recipe"]
 
-#: The learning rate is this, times AdamW's, times √(batch size / parameters).
-_RATE = 10.0
+#: The learning rate is this, times AdamW's, times √(batch size) / ∜(parameters).
+_RATE = 10**0.5
+
+#: lr · U has at most this root mean square, in units of AdamW's learning rate.
+_LONGEST = 15.0
+
+#: Weights shrink by the first in a step, or by the second over all, if that is less.
+_SHRINK, _SHRINK_OVERALL = 0.015, 5.0
 
 
 def recipe(
     model: Module,
     *,
     batch_size: int,
+    steps: int | None = None,
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     max_dense: int = 1024,
 ) -> dict[str, Any]:
     """Return arguments of `SIRFShampoo` for a model that AdamW has trained so far.
 
-    Use them as ``SIRFShampoo(model, **recipe(model, batch_size=128))``, with a warm-up
-    over a tenth of the steps and a decay, as for AdamW. ``docs/from_adamw.md`` tells
-    where each value comes from, what was measured, and where it falls short.
+    Use them as ``SIRFShampoo(model, **recipe(model, batch_size=128, steps=10_000))``,
+    with a warm-up over a tenth of the steps and a decay, as for AdamW.
+    ``docs/from_adamw.md`` tells where each value comes from, what was measured, and
+    where it falls short.
 
     Args:
         model: The neural network.
         batch_size: The number of examples that the loss averages over in a step. (The
             optimizer counts them itself; the learning rate depends on them.)
+        steps: How many steps training takes: the weight decay follows from it.
         lr: AdamW's learning rate. Only its ratio to 1e-3 matters, with which all was
             measured; leave it, unless AdamW is known to want another.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
-        weight_decay: AdamW's. Weights shrink by as much in a step.
+        weight_decay: AdamW's: weights shrink by as much in a step. Default: by 0.015
+            at the full learning rate, or by 5 / `steps` if that is less; not at all
+            without `steps`. Vectors such as biases never shrink.
         max_dense: The longest axis with a dense factor; longer ones, and vectors, have
             diagonal factors.
 
@@ -46,41 +58,52 @@ def recipe(
     Raises:
         ValueError: If an argument is wrong.
     """
-    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-    if not whole or batch_size < 1:
-        raise ValueError(
-            f"Argument 'batch_size' must be an integer > 0, got {batch_size!r}."
-        )
-    if not lr > 0:
-        raise ValueError(f"Argument 'lr' must be a number > 0, got {lr!r}.")
+    check_count("batch_size", batch_size)
+    check_count("max_dense", max_dense)
+    if steps is not None:
+        check_count("steps", steps)
+    check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
     params = [p for p in model.parameters() if p.requires_grad]
     size = max(sum(p.numel() for p in params), 1)
-    # U = F⁻¹ G has the length √(size / B) in the metric of the Fisher matrix F: this
-    # lr makes steps equally long in it, whatever the model and the batch
-    own = _RATE * lr * (batch_size / size) ** 0.5
+    # with the inverse in place of its power ¾, U would have the length √(size / B) in
+    # the metric that it inverts; with the square root, entries of about 1 / √B
+    own = _RATE * lr * batch_size**0.5 / size**0.25
+    shrink = 0.0
+    if weight_decay is not None:
+        shrink = lr * weight_decay
+    elif steps is not None:
+        shrink = min(_SHRINK, _SHRINK_OVERALL / steps)
     return {
-        "params": _groups(params, max_dense),
+        "params": _groups(params, max_dense, shrink / own if shrink else 0.0),
         "lr": own,
         "beta2": 0.2,
-        "alpha1": betas[0],
+        "alpha1": float(betas[0]),
         "alpha2": 0.5,
         "lam": 1e-6,
-        "kappa": weight_decay * lr / own,
         "T": GrowingInterval(10),
         "initial_factors": "gradient",
+        "exponent": 0.75,
         "momentum_first": True,
-        "max_update_rms": 0.003,
+        "nesterov": True,
+        "max_update_rms": _LONGEST * lr / own,
+        "cautious_decay": True,
     }
 
 
-def _groups(params: list[Parameter], max_dense: int) -> list[dict[str, Any]]:
-    """Return parameter groups of equal structures."""
+def _groups(
+    params: list[Parameter], max_dense: int, kappa: float
+) -> list[dict[str, Any]]:
+    """Return parameter groups of equal structures; vectors without weight decay."""
     groups: dict[tuple[str, ...], list[Parameter]] = {}
     for p in params:
         dims = [d for d in p.shape if d != 1] or [1]
         axes = tuple("dense" if d <= max_dense else "diagonal" for d in dims)
         groups.setdefault(axes if len(dims) > 1 else ("diagonal",), []).append(p)
     return [
-        {"params": members, "structures": {len(axes): axes}}
+        {
+            "params": members,
+            "structures": {len(axes): axes},
+            "kappa": kappa if len(axes) > 1 else 0.0,
+        }
         for axes, members in groups.items()
     ]

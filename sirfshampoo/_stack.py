@@ -161,7 +161,7 @@ class Stack:
         self._kinds = [(p.device, p.dtype) for p in first.params]
         self._elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
-        self._products = KeptProducts(self.K, first.dims)
+        self._products = KeptProducts(self.K, first)
 
     def _momentum(self, p: Tensor) -> Tensor:
         """Return a momentum of zeros for parameters like p, ``[rows, *shape]``."""
@@ -308,14 +308,14 @@ class Stack:
         if variant.momentum_first and self.V is not None:
             moves = _and_finite(moves, G)
             self._accumulate(rows, moves, settings.alpha1)
-            G = joined(self.units[rows], self.whole_momenta(rows))
+            V = joined(self.units[rows], self.whole_momenta(rows))
+            G = torch.add(G, V, alpha=settings.alpha1) if variant.nesterov else V
         U = self.precondition(rows, G, products)
         moves = _and_finite(moves, U)
         if moves is not None:
             skipped.add_(~moves)
         if variant.max_update_rms is not None:
-            lr = task.rate(U.device)
-            U = limit_update(U, lr=lr, max_update_rms=variant.max_update_rms)
+            U = limit_update(U, max_update_rms=variant.max_update_rms)
         return _scattered(self.units[rows], U), moves
 
     def descend(self, task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
@@ -329,15 +329,18 @@ class Stack:
             moves: Which rows move; None: all.
         """
         settings = task.settings
-        has_V = self.V is not None and not settings.variant.momentum_first
+        V = None
+        if self.V is not None and not settings.variant.momentum_first:
+            V = self.V[j][task.rows]
         descend(
             [local(unit.params[j]) for unit in self.units[task.rows]],
-            self.V[j][task.rows] if self.V is not None and has_V else None,
+            V,
             U,
             moves=moves,
             lr=task.rate(U.device),
             alpha1=settings.alpha1,
             kappa=settings.kappa,
+            variant=settings.variant,
         )
 
     def _update(
@@ -360,6 +363,7 @@ class Stack:
             self._part(self.K, rows),
             None if self.m is None else self._part(self.m, rows),
             G,
+            times=self.units[0].times,
             batch_size=batch_size,
             beta2=settings.beta2,
             alpha2=settings.alpha2,
@@ -397,10 +401,11 @@ class Stack:
             G: Their gradients.
             preparation: How the factors are prepared. Default: for this once.
         """
-        if self._elementwise:
-            return _elementwise.precondition(self._part(self.K, rows), G)  # type: ignore[arg-type]
         if preparation is None:
             preparation = self._products.for_once()
+        if self._elementwise:
+            factors = self._part(self.K, rows)
+            return _elementwise.precondition(factors, G, forms=preparation.form)  # type: ignore[arg-type]
         return precondition(self._products.get(rows, preparation), G)
 
     def _part(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Unit:
         structures: The structure of each axis' Kronecker factor.
         dtypes: The type of each axis' Kronecker factor.
         owner: The rank that holds the factors; None: every rank.
+        exponent: Which power of the inverse pre-conditions, see `times`.
     """
 
     group: int
@@ -43,6 +44,18 @@ class Unit:
     structures: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     owner: int | None = None
+    exponent: float = 1.0
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        """How often each axis' factor K is multiplied onto a gradient.
+
+        Twice (K Kᵀ) is the inverse, once (K, which is symmetric then) its square root;
+        what lies between is in the first axis the one, in the others the other.
+        """
+        twice = {0.5: 0, 0.75: 1 if len(self.dims) > 1 else 0}
+        number = twice.get(self.exponent, len(self.dims))
+        return tuple(2 if n < number else 1 for n in range(len(self.dims)))
 
     @property
     def num_stored(self) -> int:
@@ -112,6 +125,7 @@ def form_units(
     names: Sequence[str],
     identify: Callable[[PreconditionerGroup], list[list[Parameter]]],
     start: int,
+    exponent: float = 1.0,
 ) -> tuple[list[Unit], list[dict[str, Any]]]:
     """Split what the user calls a parameter group into units with a group each.
 
@@ -120,6 +134,7 @@ def form_units(
         names: The names of its parameters.
         identify: What a rule finds in the model.
         start: The index of the first of the new groups.
+        exponent: The optimizer's.
 
     Returns:
         The units, and their groups.
@@ -155,9 +170,23 @@ def form_units(
         if "param_names" in group:
             new["param_names"] = [names[position[id(p)]] for p in members]
         index = start + len(units)
-        units.append(Unit(index, tuple(members), rule, dims, structures, dtypes))
+        unit = Unit(index, tuple(members), rule, dims, structures, dtypes)
+        unit = replace(unit, exponent=exponent)
+        _check_symmetric(unit)
+        units.append(unit)
         groups.append(new)
     return units, groups
+
+
+def _check_symmetric(unit: Unit) -> None:
+    """Check that factors which must be symmetric can be."""
+    for n, (name, times) in enumerate(zip(unit.structures, unit.times, strict=True)):
+        if times == 1 and not structure_class(name).HAS_SYMMETRIC:
+            raise ValueError(
+                "Argument 'structures' must be dense, diagonal or block-diagonal where "
+                f"the exponent {unit.exponent} takes the square root of a factor, got "
+                f"{name!r} for axis {n} of {tuple(unit.dims)}."
+            )
 
 
 def _claims(

@@ -103,7 +103,9 @@ class Variant(NamedTuple):
 
     initial_factors: str = "identity"
     momentum_first: bool = False
+    nesterov: bool = False
     max_update_rms: float | None = None
+    cautious_decay: bool = False
 
 
 def start_factors(
@@ -140,6 +142,7 @@ def update_factors(
     m: Sequence[StructuredMatrix] | None,
     G: Tensor,
     *,
+    times: Sequence[int],
     batch_size: int,
     beta2: float,
     alpha2: float,
@@ -152,6 +155,8 @@ def update_factors(
         K: The factor of each axis.
         m: The momentum of each axis; None if there is none (``alpha2`` is 0).
         G: Gradients of the mean loss, ``[rows, *dims]``.
+        times: How often K is multiplied onto a gradient; where it is once, K is
+            symmetric, and stays so.
         batch_size: The number of examples B that the loss averages over.
         beta2: Learning rate of the factors.
         alpha2: Riemannian momentum.
@@ -190,13 +195,15 @@ def update_factors(
             s_n.clear_(~finite)
             weight = finite.to(accumulation_dtype(s_n.dtype)) * weight
         m_n = s_n if m is None else m[n].lerp_(s_n, weight)
-        # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
-        rate = m_n.norm().clamp_(min=1.0).reciprocal_().mul_(-beta2)
-        K_n.add_product_(
-            m_n,
-            _number(rate if finite is None else rate * finite),
-            scratch=None if m is None else s_n,
-        )
+        rate = m_n.norm().clamp_(min=1.0).reciprocal_().mul_(-beta2 * times[n] / 2)
+        change = _number(rate if finite is None else rate * finite)
+        scratch = None if m is None else s_n
+        if times[n] == 2:
+            # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
+            K_n.add_product_(m_n, change, scratch=scratch)
+        else:
+            # K_n ← E K_n E with E = I − ½ beta2 / max(1, ‖m_n‖_F) · m_n
+            K_n.transform_(m_n, change, scratch=scratch)
         if K_n.dtype == torch.float16:
             # without damping, K grows as long as gradients vanish
             K_n.copy_(K_n.scale((LARGEST_FLOAT16 / K_n.max_abs()).clamp(max=1.0)))
@@ -241,56 +248,81 @@ def _normalized(G: Tensor) -> tuple[Tensor, Tensor]:
     return (G / per_matrix(size, G)).to(G.dtype), size
 
 
-@dataclass(frozen=True)
-class Preconditioner:
-    """K_n K_nᵀ of one axis in the form in which it is multiplied onto gradients.
+class Form(NamedTuple):
+    """How the factor K of an axis is multiplied onto gradients.
 
     Attributes:
-        matrix: K_n K_nᵀ if `squared`, else K_n; divided by its scale, if it has one.
-        squared: Whether `matrix` holds the product K_n K_nᵀ.
-        scale: What the product K_n K_nᵀ was divided by, ``[rows]``; None: nothing.
+        times: 2 for K Kᵀ; 1 for K, which is symmetric then.
+        squared: Whether K Kᵀ is formed.
+        size: Which power of K's size, ‖K‖_F / √d, is multiplied on.
+    """
+
+    times: int = 2
+    squared: bool = False
+    size: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """The factor K_n of one axis as it is multiplied onto gradients.
+
+    Attributes:
+        matrix: K_n K_nᵀ if it is formed, else K_n; in float16 divided by its magnitude.
+        form: What is multiplied on.
+        scale: What is multiplied on beside `matrix`, ``[rows]``; None: nothing.
     """
 
     matrix: StructuredMatrix
-    squared: bool
+    form: Form
     scale: Tensor | None
 
     @property
     def is_copy(self) -> bool:
-        """Whether `matrix` has memory of its own, and is not the factor itself."""
-        return self.squared or self.scale is not None
+        """Whether there are numbers beside those of the factor itself."""
+        return self._owns_matrix or self.scale is not None
+
+    @property
+    def _owns_matrix(self) -> bool:
+        return self.form.squared or self.matrix.dtype == torch.float16
 
     @classmethod
-    def prepare(cls, K: StructuredMatrix, *, squared: bool) -> Self:
-        """Bring the factor of an axis into the form with or without K Kᵀ."""
+    def prepare(cls, K: StructuredMatrix, form: Form) -> Self:
+        """Bring the factor of an axis into a form."""
         scale = None
+        if form.size:
+            tiny = torch.finfo(torch.float32).tiny  # K is 0 until it starts
+            scale = (K.norm() / max(K.dim, 1) ** 0.5).clamp(min=tiny) ** form.size
         if K.dtype == torch.float16:
             # the one type whose range K Kᵀ may leave; dividing costs a rounding
             top = K.max_abs().float().clamp(min=1.0)
-            K, scale = K.scale(top.rsqrt()), top
-        outer = K.outer() if squared else None
+            K, whole = K.scale(top.rsqrt()), top ** (form.times / 2)
+            scale = whole if scale is None else whole * scale
+        outer = K.outer() if form.squared else None
         if outer is None:
-            return cls(K, squared=False, scale=scale)
-        return cls(outer, squared=True, scale=scale)
+            form = form._replace(squared=False)
+        return cls(K if outer is None else outer, form, scale)
 
     @classmethod
-    def allocate(cls, K: StructuredMatrix, *, squared: bool) -> Self:
+    def allocate(cls, K: StructuredMatrix, form: Form) -> Self:
         """Return memory for what `prepare` returns, with any numbers."""
+        kind: dict[str, Any] = {"dtype": K.dtype, "device": K.device}
+        outer = K.outer_structure(K.dim, K.dtype) if form.squared else None
         scale = None
-        if K.dtype == torch.float16:
-            scale = torch.empty(K.batch_shape, dtype=torch.float32, device=K.device)
-        outer = K.outer_structure(K.dim, K.dtype) if squared else None
+        if form.size or K.dtype == torch.float16:
+            dtype = accumulation_dtype(K.dtype)
+            scale = torch.empty(K.batch_shape, dtype=dtype, device=K.device)
         matrix = K
         if outer is not None:
-            kind: dict[str, Any] = {"dtype": K.dtype, "device": K.device}
             matrix = outer.zeros(K.dim, batch=tuple(K.batch_shape), **kind)
-        elif scale is not None:
+        elif K.dtype == torch.float16:
             matrix = K.map(torch.empty_like)
-        return cls(matrix, squared=outer is not None, scale=scale)
+        return cls(matrix, form._replace(squared=outer is not None), scale)
 
     def __call__(self, X: Tensor) -> Tensor:
-        """Multiply onto X of shape ``[rows, d_n, columns]``."""
-        if self.squared:
+        """Multiply onto X of shape ``[rows, d_n, columns]``, but for the scale."""
+        if self.form.times == 1:
+            return self.matrix.matmat(X)
+        if self.form.squared:
             # K Kᵀ is its own transpose: take the one that needs no copy
             apply = self.matrix.rmatmat if is_column_major(X) else self.matrix.matmat
             return apply(X)
@@ -299,17 +331,18 @@ class Preconditioner:
     def __getitem__(self, rows: slice) -> Self:
         """Return a view of a run of rows."""
         scale = None if self.scale is None else self.scale[rows]
-        return type(self)(self.matrix[rows], self.squared, scale)
+        return type(self)(self.matrix[rows], self.form, scale)
 
     def copy_(self, other: Self) -> None:
         """Copy the numbers of another one of the same form."""
-        self.matrix.copy_(other.matrix)
+        if self._owns_matrix:
+            self.matrix.copy_(other.matrix)
         if self.scale is not None and other.scale is not None:
             self.scale.copy_(other.scale)
 
 
 def precondition(factors: Sequence[Preconditioner], G: Tensor) -> Tensor:
-    """Return U = G ×_1 K_1 K_1ᵀ ×_2 … ×_N K_N K_Nᵀ.
+    """Return U = G ×_1 P_1 ×_2 … ×_N P_N, with P_n = K_n K_nᵀ or what a form says.
 
     Args:
         factors: The pre-conditioner of each axis.
@@ -320,28 +353,27 @@ def precondition(factors: Sequence[Preconditioner], G: Tensor) -> Tensor:
     """
     dims, U = G.shape[1:], G
     scales: list[Tensor] = []
+    widen = False
     for n, factor in enumerate(factors):
-        if factor.scale is not None:  # float16: gradients of any size
+        if factor.matrix.dtype == torch.float16:  # gradients of any size
             U, largest = _normalized(U)
-            scales += [factor.scale, largest]
+            scales, widen = [*scales, largest], True
+        if factor.scale is not None:
+            scales.append(factor.scale)
         X = factor(_mat(U.to(factor.matrix.dtype), n))
-        U = _fold(X, n, dims).to(accumulation_dtype(X.dtype) if scales else X.dtype)
+        U = _fold(X, n, dims).to(accumulation_dtype(X.dtype) if widen else X.dtype)
+    if not widen:  # else one after the other: their product may leave the range
+        scales = [reduce(torch.mul, scales)] if scales else []
     for scale in scales:
         U = U * per_matrix(scale, U)
     return U.to(G.dtype)
 
 
-def limit_update(U: Tensor, *, lr: float | Tensor, max_update_rms: float) -> Tensor:
-    """Scale rows of U down to where lr times their root mean square is the maximum.
-
-    Args:
-        U: Pre-conditioned gradients, ``[rows, *dims]``.
-        lr: Learning rate; a tensor ``[rows]`` has one value a row.
-        max_update_rms: The maximum.
-    """
+def limit_update(U: Tensor, *, max_update_rms: float) -> Tensor:
+    """Scale rows of U, ``[rows, *dims]``, down to a root mean square of the maximum."""
     dtype = accumulation_dtype(U.dtype)
     norm = torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
-    scale = max_update_rms * max(U[0].numel(), 1) ** 0.5 / (norm * lr)
+    scale = max_update_rms * max(U[0].numel(), 1) ** 0.5 / norm
     if unless_all(scale >= 1) is None:
         return U
     return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)
@@ -372,6 +404,7 @@ def descend(
     lr: float | Tensor,
     alpha1: float,
     kappa: float,
+    variant: Variant,
 ) -> None:
     """Update parameters and their momentum in place; overwrites U.
 
@@ -384,21 +417,31 @@ def descend(
         lr: Learning rate; a tensor ``[rows]`` has one value a row.
         alpha1: Momentum.
         kappa: Weight decay.
+        variant: Where the step departs from Figure 3.
     """
     if kappa:
-        torch._foreach_add_(U.unbind(0), list(W), alpha=kappa)
+        decayed = list(W)
+        if variant.cautious_decay:
+            against = [u * w <= 0 for u, w in zip(U.unbind(0), W, strict=True)]
+            pairs = zip(W, against, strict=True)
+            decayed = [w.masked_fill(mask, 0.0) for w, mask in pairs]
+        torch._foreach_add_(U.unbind(0), decayed, alpha=kappa)
     if moves is None:
         # V ← alpha1 · V + (U + kappa · W)
         # in two passes: one would round once, and not be torch.optim.SGD to the bit
         step = U if V is None else V.mul_(alpha1).add_(U)
+        if variant.nesterov and V is not None:
+            step = U.add_(V, alpha=alpha1)
     else:
         # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
         rests = per_matrix(~moves, U)
         step = U.masked_fill_(rests, 0.0)
         if V is not None:
             keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
-            step = V.mul_(per_matrix(keep, V)).add_(U).masked_fill(rests, 0.0)
-    # W ← W − lr · V
+            V.mul_(per_matrix(keep, V)).add_(U)
+            step = U.add(V, alpha=alpha1) if variant.nesterov else V
+            step = step.masked_fill(rests, 0.0)
+    # W ← W − lr · V, or W − lr · (U + alpha1 · V)
     if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it
         torch._foreach_sub_(list(W), (step * per_matrix(lr, step)).unbind(0))
     else:

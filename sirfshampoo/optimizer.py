@@ -14,11 +14,12 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from sirfshampoo._batch_size import BatchSizeCounter, ForwardHook, get_batch_size
-from sirfshampoo._checkpoint import check_fit, with_code, without_code
+from sirfshampoo._checkpoint import check_fit, check_symmetric, with_code, without_code
 from sirfshampoo._config import (
     CYCLED_MOMENTUM,
     adopt_cycled_momentum,
     check_batch_size,
+    check_exponent,
     check_flag,
     check_initial_factors,
     check_max_update_rms,
@@ -137,8 +138,11 @@ class SIRFShampoo(Optimizer):
         process_group: ProcessGroup | DeviceMesh | Literal[False] | None = None,
         shard_preconditioners: ProcessGroup | DeviceMesh | bool = False,
         initial_factors: str = "identity",
+        exponent: float = 1.0,
         momentum_first: bool = False,
+        nesterov: bool = False,
         max_update_rms: float | None = None,
+        cautious_decay: bool = False,
     ) -> None:
         """Set up the optimizer.
 
@@ -213,15 +217,32 @@ class SIRFShampoo(Optimizer):
                 Until then factors are 0, and their parameters rest. From the identity
                 hundreds of updates pass until factors have the gradient's scale. See
                 ``docs/from_adamw.md`` for what it gains.
+            exponent: Which power p of the inverse (K_1 ⊗ … ⊗ K_N)(K_1 ⊗ … ⊗ K_N)ᵀ
+                pre-conditions: 1; 0.5, as in Shampoo, SOAP and, element by element,
+                Adam; or 0.75 between. A smaller one trusts rare directions less, and
+                bounds the step as gradients vanish. With 0.5, every K_n is multiplied
+                on once and not twice (cheaper, too): it is kept symmetric and positive
+                definite, K ← E K E with E = I − ½ beta2 / max(1, ‖m‖_F) · m, so that
+                it is the inverse square root itself. With 0.75, the first axis (the
+                outputs of a layer) is multiplied on twice, the others once, each times
+                (‖K_n‖_F / √d_n)^(2p − its number). Structures that are multiplied on
+                once must be dense, diagonal or block-diagonal. See
+                ``docs/from_adamw.md`` for what it gains.
             momentum_first: Whether the momentum averages gradients, which are then
                 pre-conditioned, and not pre-conditioned gradients: V ← alpha1 · V + G,
                 W ← W − lr · (U(V) + kappa · W). The newest factors then serve all that
                 is in the momentum; the weight decay is that of AdamW.
-            max_update_rms: The largest root mean square of lr · U, of each
-                pre-conditioner and step: a larger U is scaled down. Without
-                `momentum_first`, the momentum adds up to 1 / (1 − alpha1) of them.
-                U grows as gradients vanish, and this stops the divergence that the
-                next surprise makes of it. Default: None, no limit.
+            nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
+                W moves along U + alpha1 · V in place of V; with `momentum_first`, U
+                pre-conditions G + alpha1 · V.
+            max_update_rms: The largest root mean square of U, of each pre-conditioner
+                and step: a larger U is scaled down. Without `momentum_first`, the
+                momentum adds up to 1 / (1 − alpha1) of them. U grows as gradients
+                vanish, and this stops the divergence that the next surprise makes of
+                it. Default: None, no limit.
+            cautious_decay: Whether `kappa` shrinks only the weights that U shrinks,
+                too, those where U · W > 0 ("Cautious Weight Decay", arXiv 2510.12402):
+                weights that have to grow are not held back, noise is.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -244,7 +265,10 @@ class SIRFShampoo(Optimizer):
         check_options(defaults)
         check_flag("spread_updates", spread_updates)
         check_initial_factors(initial_factors)
+        check_exponent(exponent)
         check_flag("momentum_first", momentum_first)
+        check_flag("nesterov", nesterov)
+        check_flag("cautious_decay", cautious_decay)
         check_max_update_rms(max_update_rms)
         self._model = model if isinstance(model, Module) else None
         if self._model is None:
@@ -256,7 +280,10 @@ class SIRFShampoo(Optimizer):
         self._global_step = 0
         self.debug = False
         self.spread_updates = spread_updates
-        self._variant = Variant(initial_factors, momentum_first, max_update_rms)
+        self._exponent = float(exponent)
+        self._variant = Variant(
+            initial_factors, momentum_first, nesterov, max_update_rms, cautious_decay
+        )
         # the phase of each group, and what it follows from
         self._phases: tuple[Any, list[int]] = None, []
         self._batch_size = BatchSizeCounter(batch_size)
@@ -335,6 +362,7 @@ class SIRFShampoo(Optimizer):
                 names=names,
                 identify=lambda rule: self._identify(rule, given["params"]),
                 start=len(self._units),
+                exponent=self._exponent,
             )
         finally:
             self.param_groups = before
@@ -654,6 +682,7 @@ class SIRFShampoo(Optimizer):
         if self._owners is not None:
             expected = self._owners.template(self._current_stacks())  # type: ignore[assignment]
         saved, step = check_fit(state_dict, self.param_groups, expected)
+        check_symmetric(self._units, saved)
 
         pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
         self.param_groups = [with_code(group, present) for group, present in pairs]

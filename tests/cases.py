@@ -25,13 +25,17 @@ DOCUMENTED_STRUCTURES = (
 )
 # the documented ones, and names with other sizes
 STRUCTURES = (*DOCUMENTED_STRUCTURES, "block7diagonal", "hierarchical3_2")
+# those that hold symmetric matrices
+SYMMETRIC = ("dense", "block7diagonal", "diagonal", "block30diagonal")
 
 
 # --- configurations -------------------------------------------------------------------
-def mixture(first: int) -> dict[int, tuple[str, ...]]:
-    """Give consecutive axes consecutive structures of the list, from `first` on."""
+def mixture(
+    first: int, names: tuple[str, ...] = STRUCTURES
+) -> dict[int, tuple[str, ...]]:
+    """Give consecutive axes consecutive structures of a list, from `first` on."""
     return {
-        axes: tuple(STRUCTURES[(first + n) % len(STRUCTURES)] for n in range(axes))
+        axes: tuple(names[(first + n) % len(names)] for n in range(axes))
         for axes in range(1, 6)
     }
 
@@ -82,30 +86,75 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "kappa": 0.1,
         "structures": mixture(1),
     },
-    "limited-update": {**FAST, "max_update_rms": 0.01, "structures": mixture(2)},
+    "limited-update": {**FAST, "max_update_rms": 0.2, "structures": mixture(2)},
+    "nesterov": {**FAST, "nesterov": True, "kappa": 0.1, "structures": mixture(1)},
+    "cautious-decay": {
+        **FAST,
+        "cautious_decay": True,
+        "kappa": 0.5,
+        "structures": mixture(1),
+    },
+    "exponent=0.5": {**FAST, "exponent": 0.5, "structures": mixture(0, SYMMETRIC)},
+    "exponent=0.5-diagonal": {**FAST, "exponent": 0.5, "structures": "diagonal"},
+    "exponent=0.75": {**FAST, "exponent": 0.75, "structures": mixture(0, SYMMETRIC)},
+    "exponent=0.75-diagonal,T=3": {
+        **FAST,
+        "exponent": 0.75,
+        "T": 3,
+        "structures": "diagonal",
+    },
+    "exponent=0.75,T=3": {
+        **FAST,
+        "exponent": 0.75,
+        "T": 3,
+        "alpha2": 0.0,
+        "structures": {
+            1: "dense",
+            2: ("triltoeplitz", "dense"),
+            3: ("hierarchical3_2", "dense", "block7diagonal"),
+            4: "dense",
+            5: "block7diagonal",
+        },
+    },
+    "exponent=0.5-bfloat16,T=3": {
+        **FAST,
+        "exponent": 0.5,
+        "T": 3,
+        "preconditioner_dtypes": bfloat16,
+        "structures": mixture(0, SYMMETRIC),
+    },
     "all-options": {
         **FAST,
         "T": GrowingInterval(3),
         "initial_factors": "gradient",
+        "exponent": 0.75,
         "momentum_first": True,
-        "max_update_rms": 0.01,
-        "structures": mixture(3),
+        "nesterov": True,
+        "max_update_rms": 0.2,
+        "kappa": 0.1,
+        "cautious_decay": True,
+        "structures": mixture(2, SYMMETRIC),
     },
     "all-options-diagonal-bfloat16": {
         **FAST,
         "initial_factors": "gradient",
+        "exponent": 0.75,
         "momentum_first": True,
-        "max_update_rms": 0.01,
+        "nesterov": True,
+        "max_update_rms": 0.2,
         "preconditioner_dtypes": bfloat16,
         "structures": "diagonal",
     },
     "all-options-float16": {
         **FAST,
         "initial_factors": "gradient",
+        "exponent": 0.75,
         "momentum_first": True,
-        "max_update_rms": 0.01,
+        "nesterov": True,
+        "max_update_rms": 0.2,
+        "T": 2,
         "preconditioner_dtypes": float16,
-        "structures": mixture(0),
+        "structures": mixture(0, SYMMETRIC),
     },
     "float32-factors": {**FAST, "preconditioner_dtypes": float32},
     "bfloat16-factors": {**FAST, "preconditioner_dtypes": bfloat16},

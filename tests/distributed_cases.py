@@ -62,7 +62,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "combine_params": JOIN,
         "initial_factors": "gradient",
         "momentum_first": True,
-        "max_update_rms": 0.01,
+        "nesterov": True,
+        "max_update_rms": 0.2,
+        "structures": {1: "diagonal", 2: "dense"},
+    },
+    "exponent": {
+        "combine_params": JOIN,
+        "exponent": 0.75,
+        "nesterov": True,
+        "kappa": 0.1,
+        "cautious_decay": True,
+        "T": 2,
         "structures": {1: "diagonal", 2: "dense"},
     },
 }

@@ -46,13 +46,16 @@ def test_constructor_has_the_documented_arguments_in_order() -> None:
         "process_group": None,
         "shard_preconditioners": False,
         "initial_factors": "identity",
+        "exponent": 1.0,
         "momentum_first": False,
+        "nesterov": False,
         "max_update_rms": None,
+        "cautious_decay": False,
     }
     assert list(parameters) == ["model", *DOCUMENTED, *beyond]
     for name, default in beyond.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameters[name].default is default
+        assert parameters[name].default == default
     assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
 
 

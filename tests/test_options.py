@@ -13,8 +13,12 @@ from sirfshampoo import GrowingInterval, SIRFShampoo, recipe
 
 OPTIONS: dict[str, Any] = {
     "initial_factors": "gradient",
+    "exponent": 0.75,
     "momentum_first": True,
-    "max_update_rms": 0.01,
+    "nesterov": True,
+    "max_update_rms": 0.2,
+    "cautious_decay": True,
+    "kappa": 0.1,
     "T": GrowingInterval(3),
     "beta2": 0.2,
     "lam": 1e-6,
@@ -68,16 +72,19 @@ def test_factors_start_in_the_first_finite_update_and_only_then() -> None:
             torch.testing.assert_close(K.to_dense(), expected)
 
 
+@pytest.mark.parametrize("lr", [10.0, torch.tensor(10.0)])
 @pytest.mark.parametrize("momentum_first", [False, True])
-def test_no_update_exceeds_the_maximum(momentum_first: bool) -> None:
+def test_no_update_exceeds_the_maximum(
+    momentum_first: bool, lr: float | torch.Tensor
+) -> None:
     model = nn.Linear(4, 3)
     optimizer = SIRFShampoo(
         model,
         batch_size=8,
-        lr=10.0,
+        lr=lr,
         alpha1=0.0,
         momentum_first=momentum_first,
-        max_update_rms=0.01,
+        max_update_rms=0.001,
     )
     for seed in range(3):
         before = [p.detach().clone() for p in model.parameters()]
@@ -89,6 +96,77 @@ def test_no_update_exceeds_the_maximum(momentum_first: bool) -> None:
         for p, old in zip(model.parameters(), before, strict=True):
             assert (p.detach() - old).square().mean().sqrt() <= 0.01 * (1 + 1e-5)
         assert told["weight/update_rms"] <= 0.01 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [0.5, 0.75])
+def test_factors_stay_symmetric_and_positive_definite(
+    exponent: float, dtype: torch.dtype
+) -> None:
+    model = nn.Linear(12, 7, bias=False)
+    optimizer = SIRFShampoo(
+        model,
+        batch_size=8,
+        exponent=exponent,
+        initial_factors="gradient",
+        preconditioner_dtypes=dtype,
+        beta2=0.4,
+        lam=1e-4,
+    )
+    scales = torch.logspace(-3, 2, 12)  # ill-conditioned
+    for seed in range(300):
+        set_gradients(model, seed)
+        assert model.weight.grad is not None
+        model.weight.grad *= scales
+        optimizer.step()
+    for K, times in zip(
+        optimizer.preconditioner[0], optimizer._units[0].times, strict=True
+    ):
+        mat = K.to_dense().double()
+        if times == 1:
+            assert torch.equal(mat, mat.mT)
+            assert torch.linalg.eigvalsh(mat).min() > 0
+
+
+@pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical15_15"])
+def test_factors_that_cannot_be_symmetric_are_refused(structure: str) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    arguments: dict[str, Any] = {"structures": {2: (structure, "dense")}}
+    SIRFShampoo(model, exponent=0.75, **arguments)
+    with pytest.raises(ValueError, match=f"'structures' must be .*{structure}.*axis 0"):
+        SIRFShampoo(model, exponent=0.5, **arguments)
+
+
+def test_factors_of_another_exponent_are_not_loaded() -> None:
+    model = nn.Linear(4, 3)
+    whole = SIRFShampoo(model, batch_size=8, beta2=0.2)
+    for seed in range(2):
+        set_gradients(model, seed)
+        whole.step()
+    half = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=0.5)
+    before = half.state[model.weight]["K0.mat"].clone()
+    with pytest.raises(ValueError, match=r"symmetric factors for the exponent 0\.5"):
+        half.load_state_dict(whole.state_dict())
+    assert torch.equal(half.state[model.weight]["K0.mat"], before)
+
+
+def test_cautious_decay_lets_weights_grow() -> None:
+    weights = torch.tensor([1.0, 1.0, -1.0, -1.0], requires_grad=True)
+    optimizer = SIRFShampoo(
+        [weights],
+        lr=0.1,
+        alpha1=0.0,
+        kappa=0.5,
+        beta2=0.0,
+        batch_size=1,
+        structures="diagonal",
+        cautious_decay=True,
+    )
+    weights.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    optimizer.step()
+    # shrunk by 0.1 · 0.5 where the gradient shrinks, too
+    expected = torch.tensor([0.85, 1.1, -1.1, -0.85])
+    torch.testing.assert_close(weights.detach(), expected)
 
 
 def test_a_nan_leaves_the_momentum_of_gradients_as_it_is() -> None:
@@ -134,6 +212,10 @@ def test_training_resumes_to_the_bit_with_all_options(taken: int) -> None:
         ("momentum_first", 1),
         ("max_update_rms", 0.0),
         ("max_update_rms", float("inf")),
+        ("exponent", 0.6),
+        ("exponent", "half"),
+        ("nesterov", None),
+        ("cautious_decay", 0.1),
     ],
 )
 def test_wrong_options_are_refused_by_name(option: str, value: Any) -> None:
@@ -141,12 +223,15 @@ def test_wrong_options_are_refused_by_name(option: str, value: Any) -> None:
         SIRFShampoo(nn.Linear(3, 2), **{option: value})
 
 
-def test_the_recipe_scales_with_batch_and_model_and_shrinks_as_adamw() -> None:
+def test_the_recipe_scales_with_batch_and_model() -> None:
     model = nn.Sequential(nn.Linear(40, 5), nn.LayerNorm(5), nn.Embedding(60, 7))
-    arguments = recipe(model, batch_size=32, weight_decay=0.1, max_dense=50)
-    assert arguments["lr"] * arguments["kappa"] == pytest.approx(1e-3 * 0.1)
-    more = recipe(model, batch_size=128, lr=2e-3)
+    arguments = recipe(model, batch_size=32, max_dense=50)
+    more = recipe(model, batch_size=128, lr=2e-3, betas=(0.8, 0.9))
     assert more["lr"] == pytest.approx(4 * arguments["lr"])
+    # the longest step follows AdamW's learning rate alone
+    longest = [a["lr"] * a["max_update_rms"] for a in (arguments, more)]
+    assert longest == pytest.approx([0.015, 0.03])
+    assert more["alpha1"] == 0.8
     optimizer = SIRFShampoo(model, batch_size=32, **arguments)
     structures = {
         tuple(group["params"][0].shape): group["structures"]
@@ -157,7 +242,39 @@ def test_the_recipe_scales_with_batch_and_model_and_shrinks_as_adamw() -> None:
     assert structures[(5,)] == ("diagonal",)
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 8, "lr": 0.0}])
-def test_the_recipe_refuses_what_is_wrong(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"Argument '(batch_size|lr)' must be"):
+@pytest.mark.parametrize(
+    ("arguments", "shrink"),
+    [
+        ({}, 0.0),
+        ({"steps": 100}, 0.015),
+        ({"steps": 10_000}, 5e-4),
+        ({"steps": 100, "weight_decay": 0.0}, 0.0),
+        ({"weight_decay": 0.1, "lr": 2e-3}, 2e-4),
+    ],
+)
+def test_the_recipe_shrinks_matrices(arguments: dict[str, Any], shrink: float) -> None:
+    model = nn.Linear(4, 3)
+    found = recipe(model, batch_size=8, **arguments)
+    optimizer = SIRFShampoo(model, batch_size=8, **found)
+    of_weight, of_bias = (g["kappa"] * g["lr"] for g in optimizer.param_groups)
+    assert of_weight == pytest.approx(shrink)
+    assert of_bias == 0.0
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("steps", 0),
+        ("max_dense", 2.0),
+        ("lr", 0.0),
+        ("betas", (0.9, 1.0)),
+        ("betas", 0.9),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_the_recipe_refuses_what_is_wrong(argument: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"batch_size": 8, argument: value}
+    with pytest.raises(ValueError, match=f"Argument '{argument}' must be"):
         recipe(nn.Linear(3, 2), **arguments)

@@ -197,6 +197,11 @@ class Unit:
         self.Pi = [PROJECTIONS[name] for name in names]
 
 
+def number_of_times(exponent: float, axis: int, axes: int) -> int:
+    """Return how often a factor is multiplied on."""
+    return {0.5: 1, 0.75: 2 if axis == 0 and axes > 1 else 1, 1.0: 2}[exponent]
+
+
 class Twin:
     """Structured inverse-free and root-free Shampoo, one equation a line."""
 
@@ -213,8 +218,11 @@ class Twin:
         T: int | Callable[[int], bool] = 1,
         structures: Any = "dense",
         initial_factors: str = "identity",
+        exponent: float = 1.0,
         momentum_first: bool = False,
+        nesterov: bool = False,
         max_update_rms: float | None = None,
+        cautious_decay: bool = False,
     ) -> None:
         """Take units as `find_units` returns them, and the documented settings."""
         settings = {k: v for k, v in locals().items() if k not in ("self", "units")}
@@ -254,22 +262,38 @@ class Twin:
             for n in axes:
                 m[n] = s["alpha2"] * m[n] + (1 - s["alpha2"]) * step[n]
                 size = max(1.0, float((m[n] ** 2).sum() ** 0.5))
-                K[n] = K[n] - s["beta2"] / size * K[n] @ m[n]
+                rate = s["beta2"] / size
+                if number_of_times(s["exponent"], n, G.ndim) == 2:
+                    K[n] = K[n] - rate * K[n] @ m[n]
+                else:
+                    E = torch.eye(len(K[n])).double() - rate / 2 * m[n]
+                    K[n] = E @ K[n] @ E
 
         if s["momentum_first"]:
             unit.V = [s["alpha1"] * V + g for V, g in zip(unit.V, Gs, strict=True)]
         U = unit.group(unit.V) if s["momentum_first"] else G
+        if s["momentum_first"] and s["nesterov"]:
+            U = G + s["alpha1"] * U
         for n in axes:
-            U = times(U, K[n] @ K[n].T, n)
+            number = number_of_times(s["exponent"], n, G.ndim)
+            size = float((K[n] ** 2).sum() / len(K[n])) ** 0.5
+            P = K[n] if number == 1 else K[n] @ K[n].T  # 0 until factors start
+            size = max(size, 1e-30)
+            U = times(U, size ** (2 * s["exponent"] - number) * P, n)
         if s["max_update_rms"] is not None:
-            rms = s["lr"] * float((U**2).mean() ** 0.5)
+            rms = float((U**2).mean() ** 0.5)
             U = U * min(1.0, s["max_update_rms"] / max(rms, 1e-300))
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
+            decayed = unit.W[i]
+            if s["cautious_decay"]:
+                decayed = decayed * (P * decayed > 0)
+            P = P + s["kappa"] * decayed
             if s["momentum_first"]:
-                unit.W[i] = unit.W[i] - s["lr"] * (P + s["kappa"] * unit.W[i])
+                unit.W[i] = unit.W[i] - s["lr"] * P
                 continue
-            unit.V[i] = s["alpha1"] * unit.V[i] + (P + s["kappa"] * unit.W[i])
-            unit.W[i] = unit.W[i] - s["lr"] * unit.V[i]
+            unit.V[i] = s["alpha1"] * unit.V[i] + P
+            move = P + s["alpha1"] * unit.V[i] if s["nesterov"] else unit.V[i]
+            unit.W[i] = unit.W[i] - s["lr"] * move
 
 
 # --- holding an optimizer against it --------------------------------------------------

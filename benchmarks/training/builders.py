@@ -35,8 +35,9 @@ def _sirfshampoo(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
 
 
 def _recipe(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
-    batch_size = settings.pop("batch_size")
-    return _sirfshampoo(model, {**recipe(model, batch_size=batch_size), **settings})
+    told = ("lr", "weight_decay", *WANTS["recipe"])  # the rest goes to the optimizer
+    arguments = {key: settings.pop(key) for key in told if key in settings}
+    return _sirfshampoo(model, {**recipe(model, **arguments), **settings})
 
 
 def _sgd(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
@@ -122,7 +123,7 @@ PACKAGE_OF = {
 """The packages of `environment.PACKAGES` that a builder imports."""
 
 
-WANTS: dict[str, tuple[str, ...]] = {"recipe": ("batch_size",)}
+WANTS: dict[str, tuple[str, ...]] = {"recipe": ("batch_size", "steps")}
 """What a builder wants to know of the run, such as `"batch_size"`, beside settings."""
 
 OURS = ("sirfshampoo", "recipe")

@@ -168,6 +168,16 @@ CONTESTANTS: dict[str, Contestant] = {
             "triu": "triutoeplitz",
         }.items()
     },
+    # `lr` and `weight_decay` are what the recipe is told of AdamW.
+    "sirf-around": Contestant(
+        "SIRFShampoo, searched around the recipe",
+        "recipe",
+        {
+            "lr": LogUniform(1e-4, 3e-2),
+            "beta2": LogUniform(0.1, 0.6),
+            "weight_decay": Choice(0.0, 3.0, 10.0),
+        },
+    ),
     # Fixed settings: nothing is searched, other learning rates are tried beside.
     "sirf-defaults": Contestant("SIRFShampoo, documented defaults", "sirfshampoo", {}),
     "sirf-recipe": Contestant("SIRFShampoo, the recipe", "recipe", {}),
@@ -196,6 +206,7 @@ MAIN = (
     "sirf-T10",
     "sirf-bf16-T10",
     "sirf-diagonal",
+    "sirf-around",
     "sirf-recipe",
     "sirf-recipe-bf16",
     "sirf-defaults",

@@ -125,9 +125,11 @@ class StructuredMatrix(ABC):
 
     Attributes:
         WORKSPACE: How many numbers a product K X needs for each number of X.
+        HAS_SYMMETRIC: Whether Kᵀ has the structure of K; only then can K be symmetric.
     """
 
     WORKSPACE: ClassVar[int] = 1
+    HAS_SYMMETRIC: ClassVar[bool] = False
 
     # ---------------------------------------------------------------- primitives
 
@@ -182,6 +184,10 @@ class StructuredMatrix(ABC):
     def multiplicity(self) -> tuple[Tensor | None, ...]:
         """Return, a field, how often each number stands in K; None: once each."""
         return (None,) * len(self.tensors())
+
+    def symmetrize_(self) -> Self:
+        """Replace K by ½ (K + Kᵀ) in place; only where `HAS_SYMMETRIC` holds."""
+        raise NotImplementedError(f"{type(self).__name__} is not closed under Kᵀ.")
 
     @classmethod
     def outer_structure(
@@ -359,6 +365,18 @@ class StructuredMatrix(ABC):
         if isinstance(alpha, Tensor):
             return self.add_(self.matmul(other.scale(alpha)))
         return self.add_(self.matmul(other, scale=alpha))
+
+    def transform_(
+        self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
+    ) -> Self:
+        """Replace K by (I + ``alpha`` · L) K (I + ``alpha`` · L); both are symmetric.
+
+        If K is positive definite, it stays so, unless −1 is an eigenvalue of ``alpha``
+        · L. A tensor ``alpha`` has one value a matrix. The numbers in `scratch` may be
+        overwritten.
+        """
+        self.add_product_(other, alpha, scratch=scratch)
+        return self.add_(other.scale(alpha).matmul(self)).symmetrize_()
 
     # --------------------------------------------------------------- reductions
 

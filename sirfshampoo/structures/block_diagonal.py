@@ -33,6 +33,7 @@ class BlockDiagonalMatrix(StructuredMatrix):
     """
 
     BLOCK_SIZE: ClassVar[int]
+    HAS_SYMMETRIC = True
 
     blocks: Tensor
     last: Tensor
@@ -103,6 +104,11 @@ class BlockDiagonalMatrix(StructuredMatrix):
 
     def outer(self) -> Self:
         return self.map(lambda t: product(t, t.mT))
+
+    def symmetrize_(self) -> Self:
+        for t in self.tensors():
+            t.add_(t.mT.clone()).mul_(0.5)
+        return self
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return tuple(t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())

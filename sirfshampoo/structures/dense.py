@@ -25,6 +25,8 @@ class DenseMatrix(StructuredMatrix):
         mat: The entries, ``[*batch, d, d]``.
     """
 
+    HAS_SYMMETRIC = True
+
     mat: Tensor
 
     @property
@@ -76,6 +78,10 @@ class DenseMatrix(StructuredMatrix):
         # with K in a second place, its product is added within the matrix product
         K = self.mat.clone() if scratch is None else scratch.mat.copy_(self.mat)
         self.mat.baddbmm_(K, other.mat, alpha=alpha)
+        return self
+
+    def symmetrize_(self) -> Self:
+        self.mat.add_(self.mat.mT.clone()).mul_(0.5)
         return self
 
     def probe(self) -> Tensor:

@@ -23,6 +23,8 @@ class DiagonalMatrix(StructuredMatrix):
         diag: The diagonal entries, ``[*batch, d]``.
     """
 
+    HAS_SYMMETRIC = True
+
     diag: Tensor
 
     @property
@@ -53,6 +55,9 @@ class DiagonalMatrix(StructuredMatrix):
 
     def gram(self, *, scale: float = 1.0) -> Self:
         return type(self)(self.diag * (self.diag * scale))
+
+    def symmetrize_(self) -> Self:
+        return self
 
     def outer(self) -> Self:
         return self.gram()
