@@ -48,6 +48,7 @@ OVERVIEWS: dict[str, Callable[[Sequence[dict[str, Any]]], Markdown]] = {
     "time_to_adamw": training.time_to_adamw,
     "factors": training.factors,
     "spaces": training.spaces,
+    "batch_sizes": training.batch_sizes,
 }
 """Tables of all training tasks; a second word names another folder than `train`."""
 
@@ -64,6 +65,7 @@ TEXTS = tuple(
         "benchmarks/SPEED.md",
         "benchmarks/TRAINING.md",
         "docs/many_devices.md",
+        "docs/from_adamw.md",
     )
 )
 OWN_NAMES = ("conformance", "scaling", "scale")
@@ -96,7 +98,8 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         if match["table"] == "workloads":
             grid = tables.workloads(stepped(folder))
         elif match["table"] in OVERVIEWS:
-            found = trained(folder / (match["name"] or "train"))
+            kind = "batch" if match["table"] == "batch_sizes" else "train"
+            found = trained(folder / (match["name"] or kind))
             grid = OVERVIEWS[match["table"]](found)
         elif match["table"] in TABLES:
             path = folder / f"{result_name(match)}.json"
@@ -120,8 +123,12 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     paths = {path.stem: path for path in folder.glob("*.json")}
     if not paths:
         raise FileNotFoundError(f"{folder} has no results.")
-    # Runs of another length or batch size have names of their own, and no column.
-    return [results.load(paths[name]) for name in TASKS if name in paths]
+    if any(name in paths for name in TASKS):
+        # Runs of another length or batch size have names of their own, and no column.
+        return [results.load(paths[name]) for name in TASKS if name in paths]
+    order = {task.title: i for i, task in enumerate(TASKS.values())}
+    resized = [results.load(path) for path in paths.values()]
+    return sorted(resized, key=lambda r: (order[r["title"]], r["batch_size"]))
 
 
 def stepped(folder: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The method where all factors are diagonal, with fewer passes over the gradient.
 
-Both functions do what their namesakes in `_update` do. Here the entries of G are
-squared once, and each Π_n(H_n) is a sum of them with the squares of K as weights: a
-product of a matrix and a vector. All is computed in float32 at least.
+Both functions do what their namesakes in `_factors` and `_preconditioner` do. Here the
+entries of G are squared once, and each Π_n(H_n) is a sum of them with the squares of K
+as weights: a product of a matrix and a vector. All is computed in float32 at least.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sirfshampoo._update import LARGEST_FLOAT16, Form, finite_rows
+from sirfshampoo._preconditioner import Form
+from sirfshampoo._rows import LARGEST_FLOAT16, finite_rows
 from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
@@ -32,7 +33,7 @@ def update_factors(
 ) -> Tensor | None:
     """Update the factors K and their Riemannian momenta m in place.
 
-    See ``_update.update_factors`` for arguments and result.
+    See ``_factors.update_factors`` for arguments and result.
     """
     dims = G.shape[1:]
     squares = _squares(K, G)
@@ -81,7 +82,7 @@ def update_factors(
 def precondition(
     K: Sequence[DiagonalMatrix], G: Tensor, *, forms: Sequence[Form]
 ) -> Tensor:
-    """Return U = G ×_1 P_1 ×_2 … ×_N P_N in G's type; see ``_update.precondition``."""
+    """Return U = G ×_1 P_1 ×_2 … ×_N P_N in G's type; see ``_preconditioner``."""
     U: Tensor | None = None
     for n, (k2, form) in enumerate(zip(_squares(K, G), forms, strict=True)):
         weights = k2 if form.times == 2 else K[n].diag.to(k2.dtype)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sirfshampoo._costs import squaring_pays
+from sirfshampoo._preconditioner import Form, Preconditioner
 from sirfshampoo._units import Unit
-from sirfshampoo._update import Form, Preconditioner
 from sirfshampoo.structures import StructuredMatrix
 
 

@@ -78,7 +78,7 @@ def recipe(
         "lr": own,
         "beta2": 0.2,
         "alpha1": float(betas[0]),
-        "alpha2": 0.5,
+        "alpha2": 0.0,
         "lam": 1e-6,
         "T": GrowingInterval(10),
         "initial_factors": "gradient",

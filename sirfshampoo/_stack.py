@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sirfshampoo import _elementwise
 from sirfshampoo._costs import interval_of
+from sirfshampoo._descent import Variant, accumulate, descend, limit_update
 from sirfshampoo._distributed import (
     distributed_like,
     fill,
@@ -20,19 +21,11 @@ from sirfshampoo._distributed import (
     shard_rows,
     whole_rows,
 )
+from sirfshampoo._factors import Workspace, start_factors, update_factors
 from sirfshampoo._kept import KeptProducts, Preparation
+from sirfshampoo._preconditioner import precondition
+from sirfshampoo._rows import finite_rows
 from sirfshampoo._units import Unit, joined, joint_gradients, stacked
-from sirfshampoo._update import (
-    Variant,
-    Workspace,
-    accumulate,
-    descend,
-    finite_rows,
-    limit_update,
-    precondition,
-    start_factors,
-    update_factors,
-)
 from sirfshampoo.combiner import PerParameter
 from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.base import accumulation_dtype

@@ -29,6 +29,7 @@ from sirfshampoo._config import (
     with_kappa,
 )
 from sirfshampoo._costs import cost_of, period_of
+from sirfshampoo._descent import Variant
 from sirfshampoo._device import untraced
 from sirfshampoo._diagnostics import (
     diagnostics,
@@ -38,6 +39,7 @@ from sirfshampoo._diagnostics import (
     warn_of_non_finite_gradients,
 )
 from sirfshampoo._distributed import Ranks, is_dtensor, is_initialized
+from sirfshampoo._factors import Workspace
 from sirfshampoo._memory import check_memory
 from sirfshampoo._owners import Owners
 from sirfshampoo._precision import full_precision
@@ -45,7 +47,6 @@ from sirfshampoo._spread import spread
 from sirfshampoo._stack import Settings, Stack, Task, stack_units
 from sirfshampoo._summary import Summary, summarize
 from sirfshampoo._units import Unit, form_units
-from sirfshampoo._update import Variant, Workspace
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 

@@ -229,6 +229,33 @@ def factors(results: Sequence[Result]) -> Grid:
     )
 
 
+def batch_sizes(results: Sequence[Result]) -> Grid:
+    """Tell how a fixed rule for the learning rate bears other batch sizes."""
+    found = [(r, e) for r in results for e in entries(r) if not e.record["searched"]]
+    tried = sorted({factor for _, e in found for factor in e.factors()})
+    lines = []
+    for r, e in found:
+        means = {f: e.mean("test", f) for f in e.factors()}
+        fit = {f: mean.mean for f, mean in means.items() if mean}
+        best = min(fit, key=lambda f: fit[f], default=None)
+        cells = {f: _mean(mean) for f, mean in means.items()}
+        for f in means:
+            if e.diverged(f)[0]:
+                cells[f] += f" ({_share(e.diverged(f))} diverged)"
+        if best is not None:
+            cells[best] = f"**{cells[best]}**"
+        lines.append(
+            (r["title"], str(r["batch_size"]), *(cells.get(f, "–") for f in tried))
+        )
+    header = ("task", "batch size", *(f"lr × {f:g}" for f in tried))
+    notes = [
+        "Test losses, the lowest of each line in bold; means over the runs that did "
+        "not diverge. Equal numbers of steps for all batch sizes.",
+        *(where(r["environment"]) for r in results[:1]),
+    ]
+    return Grid(header, lines, notes)
+
+
 def spaces(results: Sequence[Result]) -> Grid:
     """Tell what was searched."""
     found = {e["title"]: e for r in results for e in r["entries"]}

@@ -1,0 +1,101 @@
+"""How parameters move: momentum, the limit on a step, weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._rows import unless_all
+from sirfshampoo.structures.base import accumulation_dtype, per_matrix
+
+
+class Variant(NamedTuple):
+    """Where a step departs from Figure 3; see the constructor of ``SIRFShampoo``."""
+
+    initial_factors: str = "identity"
+    momentum_first: bool = False
+    nesterov: bool = False
+    max_update_rms: float | None = None
+    cautious_decay: bool = False
+
+
+def limit_update(U: Tensor, *, max_update_rms: float) -> Tensor:
+    """Scale rows of U, ``[rows, *dims]``, down to a root mean square of the maximum."""
+    dtype = accumulation_dtype(U.dtype)
+    norm = torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
+    scale = max_update_rms * max(U[0].numel(), 1) ** 0.5 / norm
+    if unless_all(scale >= 1) is None:
+        return U
+    return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)
+
+
+def accumulate(V: Tensor, G: Tensor, *, alpha1: float, moves: Tensor | None) -> None:
+    """Update the momentum of gradients in place: V ← alpha1 · V + G.
+
+    Args:
+        V: The momentum of a parameter of the rows, ``[rows, *shape]``.
+        G: Its gradients, ``[rows, *shape]``.
+        alpha1: Momentum.
+        moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
+            rows move.
+    """
+    if moves is None:
+        V.mul_(alpha1).add_(G)
+    else:
+        V.copy_(torch.where(per_matrix(moves, V), V * alpha1 + G, V))
+
+
+def descend(
+    W: Sequence[Tensor],
+    V: Tensor | None,
+    U: Tensor,
+    *,
+    moves: Tensor | None,
+    lr: float | Tensor,
+    alpha1: float,
+    kappa: float,
+    variant: Variant,
+) -> None:
+    """Update parameters and their momentum in place; overwrites U.
+
+    Args:
+        W: The parameters of the rows, each of shape ``shape``.
+        V: Their momentum, ``[rows, *shape]``; None if ``alpha1`` is 0.
+        U: Their pre-conditioned gradients, ``[rows, *shape]``.
+        moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
+            rows move.
+        lr: Learning rate; a tensor ``[rows]`` has one value a row.
+        alpha1: Momentum.
+        kappa: Weight decay.
+        variant: Where the step departs from Figure 3.
+    """
+    if kappa:
+        decayed = list(W)
+        if variant.cautious_decay:
+            against = [u * w <= 0 for u, w in zip(U.unbind(0), W, strict=True)]
+            pairs = zip(W, against, strict=True)
+            decayed = [w.masked_fill(mask, 0.0) for w, mask in pairs]
+        torch._foreach_add_(U.unbind(0), decayed, alpha=kappa)
+    if moves is None:
+        # V ← alpha1 · V + (U + kappa · W)
+        # in two passes: one would round once, and not be torch.optim.SGD to the bit
+        step = U if V is None else V.mul_(alpha1).add_(U)
+        if variant.nesterov and V is not None:
+            step = U.add_(V, alpha=alpha1)
+    else:
+        # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
+        rests = per_matrix(~moves, U)
+        step = U.masked_fill_(rests, 0.0)
+        if V is not None:
+            keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
+            V.mul_(per_matrix(keep, V)).add_(U)
+            step = U.add(V, alpha=alpha1) if variant.nesterov else V
+            step = step.masked_fill(rests, 0.0)
+    # W ← W − lr · V, or W − lr · (U + alpha1 · V)
+    if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it
+        torch._foreach_sub_(list(W), (step * per_matrix(lr, step)).unbind(0))
+    else:
+        torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)

@@ -1,0 +1,188 @@
+"""How Kronecker factors are learned: K and m follow the gradients.
+
+Source: "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order
+Perspective" (arXiv 2402.03496), the inverse-free Shampoo of Figure 3. Here and in the
+other rooms of the method, the leading axis of every tensor counts rows; K, m hold N
+batched matrices, ``[rows, d_n, d_n]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from sirfshampoo import _device
+from sirfshampoo._rows import (
+    LARGEST_FLOAT16,
+    finite_rows,
+    fold,
+    magnitude,
+    mat,
+    normalized,
+    number,
+)
+from sirfshampoo.structures import StructuredMatrix
+from sirfshampoo.structures.base import accumulation_dtype, per_matrix
+from sirfshampoo.structures.dense import DenseMatrix
+
+
+class Workspace:
+    """Memory for large temporaries that is kept from step to step.
+
+    On a CPU, the system takes it back after each use and hands it out anew page by
+    page, which costs as much as a good part of a matrix product. Elsewhere torch keeps
+    it, and there is none here.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def like(self, K: StructuredMatrix, slot: int) -> StructuredMatrix | None:
+        """Return a dense matrix like K with any numbers; None for other structures.
+
+        It is valid until the next one of its slot and type.
+
+        Args:
+            K: The matrix.
+            slot: What lies in different slots does not overlap.
+        """
+        if not isinstance(K, DenseMatrix) or not _device.is_at_hand(K.mat):
+            return None
+        sizes = [t.numel() for t in K.tensors()]
+        buffer = self._buffers.get((K.dtype, slot))
+        if buffer is None or buffer.numel() < sum(sizes):
+            buffer = torch.empty(sum(sizes), dtype=K.dtype)
+            self._buffers[K.dtype, slot] = buffer
+        parts = buffer[: sum(sizes)].split(sizes)
+        pairs = zip(parts, K.tensors(), strict=True)
+        return type(K)(*(part.view(t.shape) for part, t in pairs))
+
+
+def start_factors(
+    K: Sequence[StructuredMatrix], G: Tensor, *, batch_size: int, lam: float
+) -> None:
+    """Let factors that are 0, which have not started, start at the gradient's scale.
+
+    K_n ← (B · mean(G²) + lam)^(−1/(2N)) · I, which is the fixed point of the update
+    for a gradient of uncorrelated, equally large entries. Without a finite scale (for
+    a gradient that is not finite, or is 0 without damping) factors stay 0.
+
+    Args:
+        K: The factor of each axis.
+        G: Gradients of the mean loss, ``[rows, *dims]``.
+        batch_size: The number of examples B that the loss averages over.
+        lam: Damping.
+    """
+    starts = K[0].max_abs() == 0
+    if _device.is_at_hand(starts) and not bool(starts.any()):
+        return
+    dtype = accumulation_dtype(G.dtype)
+    norm = torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=dtype)
+    power = norm.square() * (batch_size / max(G[0].numel(), 1)) + lam
+    scale = power.pow(-1 / (2 * len(K)))
+    scale = torch.where(starts & scale.isfinite(), scale, torch.zeros_like(scale))
+    for K_n in K:
+        is_short = K_n.dtype == torch.float16
+        within = scale.clamp(max=LARGEST_FLOAT16) if is_short else scale
+        K_n.shift_(within.to(K_n.dtype))
+
+
+def update_factors(
+    K: Sequence[StructuredMatrix],
+    m: Sequence[StructuredMatrix] | None,
+    G: Tensor,
+    *,
+    times: Sequence[int],
+    batch_size: int,
+    beta2: float,
+    alpha2: float,
+    lam: float,
+    workspace: Workspace,
+) -> Tensor | None:
+    """Update the Kronecker factors K and their Riemannian momenta m in place.
+
+    Args:
+        K: The factor of each axis.
+        m: The momentum of each axis; None if there is none (``alpha2`` is 0).
+        G: Gradients of the mean loss, ``[rows, *dims]``.
+        times: How often K is multiplied onto a gradient; where it is once, K is
+            symmetric, and stays so.
+        batch_size: The number of examples B that the loss averages over.
+        beta2: Learning rate of the factors.
+        alpha2: Riemannian momentum.
+        lam: Damping.
+        workspace: Memory for what is needed within the call.
+
+    Returns:
+        A mask ``[rows]`` that is False where a non-finite gradient, or an overflow,
+        left the factors and momenta of a row as they were; None if there is none.
+    """
+    dims = G.shape[1:]
+    A = _whitened(K, G, batch_size)
+    # ‖K_n‖_F² / d_n
+    needs_traces = lam and len(K) > 1
+    traces = [K_n.norm().square() / max(K_n.dim, 1) for K_n in K if needs_traces]
+
+    # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
+    s = []
+    for n, K_n in enumerate(K):
+        X, scale = mat(A.to(K_n.dtype), n), dims[n] / 2
+        if lam:
+            others = [trace for k, trace in enumerate(traces) if k != n]
+            damping = number(reduce(torch.mul, others)) if others else 1.0
+            s_n = K_n.damped_gram(
+                X, scale=scale, damping=damping * lam / 2, out=workspace.like(K_n, n)
+            )
+        else:
+            s_n = K_n.project_gram(X, scale=scale)
+        s.append(s_n.shift_(-0.5))
+
+    finite = finite_rows(reduce(torch.add, [s_n.probe() for s_n in s]))
+    for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
+        # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
+        weight: float | Tensor = 1 - alpha2
+        if finite is not None:
+            s_n.clear_(~finite)
+            weight = finite.to(accumulation_dtype(s_n.dtype)) * weight
+        m_n = s_n if m is None else m[n].lerp_(s_n, weight)
+        rate = m_n.norm().clamp_(min=1.0).reciprocal_().mul_(-beta2 * times[n] / 2)
+        change = number(rate if finite is None else rate * finite)
+        scratch = None if m is None else s_n
+        if times[n] == 2:
+            # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
+            K_n.add_product_(m_n, change, scratch=scratch)
+        else:
+            # K_n ← E K_n E with E = I − ½ beta2 / max(1, ‖m_n‖_F) · m_n
+            K_n.transform_(m_n, change, scratch=scratch)
+        if K_n.dtype == torch.float16:
+            # without damping, K grows as long as gradients vanish
+            K_n.copy_(K_n.scale((LARGEST_FLOAT16 / K_n.max_abs()).clamp(max=1.0)))
+    return finite
+
+
+def _whitened(K: Sequence[StructuredMatrix], G: Tensor, batch_size: int) -> Tensor:
+    """Return A = √B · G ×_1 K_1ᵀ ×_2 … ×_N K_Nᵀ, divided by √D.
+
+    K_n/√d_n stands in place of K_n so that half precision stays in range; the missing
+    factors return as averages.
+    """
+    dims, A = G.shape[1:], G
+    if not any(K_n.dtype == torch.float16 for K_n in K):
+        for n, K_n in enumerate(K):
+            scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
+            X = K_n.rmatmat(mat(A.to(K_n.dtype), n), scale=scale)
+            A = fold(X, n, dims)
+        return A
+    # float16: gradients of any size; where s would leave its range, A saturates
+    size = torch.full_like(magnitude(A), sqrt(batch_size))
+    for n, K_n in enumerate(K):
+        A, largest = normalized(A)
+        size = size * largest
+        X = K_n.rmatmat(mat(A.to(K_n.dtype), n), scale=sqrt(1 / dims[n]))
+        A = fold(X, n, dims).to(accumulation_dtype(X.dtype))
+    limit = sqrt(torch.finfo(torch.float16).max / dims.numel()) / 2
+    return A * per_matrix((limit / magnitude(A)).minimum(size), A)
