@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,14 @@ def train(
     return result
 
 
+def _builders_before(tasks: Iterable[str], args: argparse.Namespace) -> Iterator[str]:
+    """Yield who built the contestants that the result files hold already."""
+    for task in tasks:
+        path = args.results / f"{result_name(task, args)}.json"
+        if path.exists():
+            yield from (entry["builder"] for entry in results.load(path)["entries"])
+
+
 def _settings(name: str, trials: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the settings that the search has chosen, or the fixed ones."""
     if not CONTESTANTS[name].searched:
@@ -236,9 +244,9 @@ def _merge(
 ) -> list[dict[str, Any]]:
     """Replace contestants that were trained now, keep others, in the listed order."""
     found = {record["name"]: record for record in before} | fresh
-    for record in before:  # the same settings take the same time
+    for record in before:  # the same code takes the same time with the same settings
         again = found[record["name"]]
-        if again["settings"] == record["settings"]:
+        if all(again[key] == record[key] for key in ("settings", "code")):
             again["seconds"] = record["seconds"]
             again["why_no_seconds"] = record["why_no_seconds"]
     order = {name: i for i, name in enumerate(CONTESTANTS)}
@@ -263,7 +271,6 @@ def _add_seconds(
     }
     if not specs:
         return
-    pool.prepare(folders(entry["builder"] for entry in result["entries"]))
     found = driver.clock(specs, args.rounds)
     result["clock"] = {key: found[key] for key in ("rounds", "load_at_start")}
     for entry in result["entries"]:
@@ -372,7 +379,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{name}: {contestant.title} ({space})", markup=False)
         return 0
     try:
-        pool.prepare(folders(CONTESTANTS[name].builder for name in names))
+        # all who will be timed: some packages must be on the path before torch is
+        builders = [CONTESTANTS[name].builder for name in names]
+        if args.rounds:
+            builders += _builders_before(tasks, args)
+        pool.prepare(folders(builders))
     except RuntimeError as error:
         console.print(f"A package is missing: {error}", markup=False)
         return 1
