@@ -37,10 +37,10 @@ lint: setup ## check format, style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
 
-test: setup ## run the tests (under 6 minutes)
+test: setup ## run the tests (5 to 7 minutes)
 	@$(PYTEST) $(ARGS)
 
-test-all: setup ## run the heavy tests, too (about 10 minutes)
+test-all: setup ## run the heavy tests, too (about 11 minutes)
 	@$(PYTEST) -m '' --hypothesis-profile=heavy $(ARGS)
 
 check: lint test ## lint, then test
