@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sirfshampoo._config import check_count
+
 __all__ = ["GrowingInterval"]
 
 
@@ -29,8 +31,7 @@ class GrowingInterval:
 
     def __post_init__(self) -> None:
         """Check the argument."""
-        if isinstance(self.T, bool) or not isinstance(self.T, int) or self.T < 1:
-            raise ValueError(f"Argument 'T' must be an integer > 0, got {self.T!r}.")
+        check_count("T", self.T)
 
     def __call__(self, step: int) -> bool:
         """Return whether the factors are to be updated in a step (from 0)."""

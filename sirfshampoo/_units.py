@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -170,8 +170,8 @@ def form_units(
         if "param_names" in group:
             new["param_names"] = [names[position[id(p)]] for p in members]
         index = start + len(units)
-        unit = Unit(index, tuple(members), rule, dims, structures, dtypes)
-        unit = replace(unit, exponent=exponent)
+        fields = (index, tuple(members), rule, dims, structures, dtypes)
+        unit = Unit(*fields, exponent=exponent)
         _check_symmetric(unit)
         units.append(unit)
         groups.append(new)
