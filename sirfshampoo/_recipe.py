@@ -12,7 +12,7 @@ from sirfshampoo._interval import GrowingInterval
 __all__ = ["recipe"]
 
 #: The learning rate is this, times AdamW's, times √(batch size) / ∜(parameters).
-_RATE = 10**0.5
+_RATE = 4.0
 
 #: lr · U has at most this root mean square, in units of AdamW's learning rate.
 _LONGEST = 15.0
@@ -76,7 +76,7 @@ def recipe(
     return {
         "params": _groups(params, max_dense, shrink / own if shrink else 0.0),
         "lr": own,
-        "beta2": 0.2,
+        "beta2": 0.3,
         "alpha1": float(betas[0]),
         "alpha2": 0.0,
         "lam": 1e-6,

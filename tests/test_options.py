@@ -38,9 +38,9 @@ def test_the_interval_grows_with_the_logarithm_of_the_step(T: int) -> None:
     for step in range(5000):
         expected.append(step == due)
         if step == due:
-            interval, power = 0, 4  # the number of powers of 4 up to step + 1
+            interval, power = -1, 2  # the number of powers of 2 up to step + 1, less 1
             while power <= step + 1:
-                interval, power = interval + 1, 4 * power
+                interval, power = interval + 1, 2 * power
             due += min(max(interval, 1), T)
     assert [rule(step) for step in range(5000)] == expected
 

@@ -194,8 +194,8 @@ def test_the_interval_grows() -> None:
     due = builders.GrowingInterval(3)
     updates = [step for step in range(300) if due(step)]
     for step, following in pairwise(updates):
-        whole = next(k for k in range(9) if 4 ** (k + 1) > step + 1)
-        assert following - step == min(max(whole, 1), 3)
+        whole = next(k for k in range(9) if 2 ** (k + 1) > step + 1)
+        assert following - step == min(max(whole - 1, 1), 3)
 
 
 def test_muon_gets_hidden_matrices_alone() -> None:
