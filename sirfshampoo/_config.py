@@ -251,10 +251,10 @@ def check_exponent(value: Any) -> None:
         raise ValueError(f"Argument 'exponent' must be in {EXPONENTS}, got {value!r}.")
 
 
-def check_max_update_rms(value: Any) -> None:
-    """Check the constructor's `max_update_rms`."""
+def check_max_update_norm(value: Any) -> None:
+    """Check the constructor's `max_update_norm`."""
     if value is not None:
-        _positive("max_update_rms", value)
+        _positive("max_update_norm", value)
 
 
 def check_count(argument: str, value: Any) -> None:

@@ -18,15 +18,15 @@ class Variant(NamedTuple):
     initial_factors: str = "identity"
     momentum_first: bool = False
     nesterov: bool = False
-    max_update_rms: float | None = None
+    max_update_norm: float | None = None
     cautious_decay: bool = False
 
 
-def limit_update(U: Tensor, *, max_update_rms: float) -> Tensor:
-    """Scale rows of U, ``[rows, *dims]``, down to a root mean square of the maximum."""
+def limit_update(U: Tensor, *, max_update_norm: float) -> Tensor:
+    """Scale rows of U, ``[rows, *dims]``, down to a Frobenius norm of the maximum."""
     dtype = accumulation_dtype(U.dtype)
     norm = torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
-    scale = max_update_rms * max(U[0].numel(), 1) ** 0.5 / norm
+    scale = max_update_norm / norm
     if unless_all(scale >= 1) is None:
         return U
     return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)

@@ -76,8 +76,8 @@ def _of_direction(
     if G is None or not stack.held:
         return ([] if V is None else momentum), momentum
     U = stack.precondition(rows, G)
-    if variant.max_update_rms is not None:
-        U = limit_update(U, max_update_rms=variant.max_update_rms)
+    if variant.max_update_norm is not None:
+        U = limit_update(U, max_update_norm=variant.max_update_norm)
     return [U if V is None else U + alpha1 * V], momentum
 
 
@@ -93,6 +93,7 @@ def _of_row(
     zero = torch.zeros((), dtype=torch.float64, device=stack.skipped.device)
     norm = _norm(direction) if direction else zero / zero
     return {
+        "update_norm": norm * lr,
         "update_rms": norm * (lr / max(unit.dims.numel(), 1) ** 0.5),
         "momentum_norm": _norm(momentum) if momentum else zero,
         **{f"K{n}_norm": K_n[row].norm() for n, K_n in enumerate(stack.K)},

@@ -151,7 +151,7 @@ def update_factors(
         m_n = s_n if m is None else m[n].lerp_(s_n, weight)
         rate = m_n.norm().clamp_(min=1.0).reciprocal_().mul_(-beta2 * times[n] / 2)
         change = number(rate if finite is None else rate * finite)
-        scratch = None if m is None else s_n
+        scratch = workspace.like(K_n, len(K)) if m is None else s_n
         if times[n] == 2:
             # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
             K_n.add_product_(m_n, change, scratch=scratch)

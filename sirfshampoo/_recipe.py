@@ -14,8 +14,8 @@ __all__ = ["recipe"]
 #: The learning rate is this, times AdamW's, times √(batch size) / ∜(parameters).
 _RATE = 4.0
 
-#: lr · U has at most this root mean square, in units of AdamW's learning rate.
-_LONGEST = 15.0
+#: lr · U has at most this Frobenius norm, in units of AdamW's learning rate.
+_LONGEST = 500.0
 
 #: Weights shrink by the first in a step, or by the second over all, if that is less.
 _SHRINK, _SHRINK_OVERALL = 0.015, 5.0
@@ -85,7 +85,7 @@ def recipe(
         "exponent": 0.75,
         "momentum_first": True,
         "nesterov": True,
-        "max_update_rms": _LONGEST * lr / own,
+        "max_update_norm": _LONGEST * lr / own,
         "cautious_decay": True,
     }
 

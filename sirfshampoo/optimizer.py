@@ -22,7 +22,7 @@ from sirfshampoo._config import (
     check_exponent,
     check_flag,
     check_initial_factors,
-    check_max_update_rms,
+    check_max_update_norm,
     check_model,
     check_options,
     check_rule,
@@ -142,7 +142,7 @@ class SIRFShampoo(Optimizer):
         exponent: float = 1.0,
         momentum_first: bool = False,
         nesterov: bool = False,
-        max_update_rms: float | None = None,
+        max_update_norm: float | None = None,
         cautious_decay: bool = False,
     ) -> None:
         """Set up the optimizer.
@@ -236,7 +236,7 @@ class SIRFShampoo(Optimizer):
             nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V.
-            max_update_rms: The largest root mean square of U, of each pre-conditioner
+            max_update_norm: The largest Frobenius norm of U, of each pre-conditioner
                 and step: a larger U is scaled down. Without `momentum_first`, the
                 momentum adds up to 1 / (1 − alpha1) of them. U grows as gradients
                 vanish, and this stops the divergence that the next surprise makes of
@@ -270,7 +270,7 @@ class SIRFShampoo(Optimizer):
         check_flag("momentum_first", momentum_first)
         check_flag("nesterov", nesterov)
         check_flag("cautious_decay", cautious_decay)
-        check_max_update_rms(max_update_rms)
+        check_max_update_norm(max_update_norm)
         self._model = model if isinstance(model, Module) else None
         if self._model is None:
             params = model  # type: ignore[assignment]
@@ -283,7 +283,7 @@ class SIRFShampoo(Optimizer):
         self.spread_updates = spread_updates
         self._exponent = float(exponent)
         self._variant = Variant(
-            initial_factors, momentum_first, nesterov, max_update_rms, cautious_decay
+            initial_factors, momentum_first, nesterov, max_update_norm, cautious_decay
         )
         # the phase of each group, and what it follows from
         self._phases: tuple[Any, list[int]] = None, []
@@ -624,9 +624,10 @@ class SIRFShampoo(Optimizer):
 
         Returns:
             For each pre-conditioner, under the names of its parameters joined by "+":
-            ``name/update_rms``, the root mean square of the last change of the
-            parameters (with ``alpha1 = 0``: of that which the present gradients ask
-            for; NaN without any), ``name/momentum_norm`` (0 without momentum),
+            ``name/update_norm`` and ``name/update_rms``, the Frobenius norm and the
+            root mean square of the last change of the parameters (with ``alpha1 = 0``:
+            of that which the present gradients ask for; NaN without any),
+            ``name/momentum_norm`` (0 without momentum),
             ``name/K{n}_norm``, the Frobenius norm of the factor of axis n, and
             ``name/skipped``, the steps sat out because of a non-finite gradient. One
             wait for each device.

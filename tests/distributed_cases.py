@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "initial_factors": "gradient",
         "momentum_first": True,
         "nesterov": True,
-        "max_update_rms": 0.2,
+        "max_update_norm": 0.2,
         "structures": {1: "diagonal", 2: "dense"},
     },
     "exponent": {

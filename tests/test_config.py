@@ -49,7 +49,7 @@ def test_constructor_has_the_documented_arguments_in_order() -> None:
         "exponent": 1.0,
         "momentum_first": False,
         "nesterov": False,
-        "max_update_rms": None,
+        "max_update_norm": None,
         "cautious_decay": False,
     }
     assert list(parameters) == ["model", *DOCUMENTED, *beyond]

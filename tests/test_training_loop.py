@@ -387,10 +387,12 @@ def test_diagnostics_tell_what_a_step_did(alpha1: float) -> None:
     assert set(map(type, told.values())) == {float}
     assert list(told)[:5] == [
         f"0.weight+0.bias/{key}"
-        for key in ("update_rms", "momentum_norm", "K0_norm", "K1_norm", "skipped")
+        for key in ("update_norm", "update_rms", "momentum_norm", "K0_norm", "K1_norm")
     ]
     rms = moved.square().mean().sqrt().item()
     assert told["0.weight+0.bias/update_rms"] == pytest.approx(rms, rel=1e-5)
+    norm = moved.norm().item()
+    assert told["0.weight+0.bias/update_norm"] == pytest.approx(norm, rel=1e-5)
     momentum = (moved.norm() / 0.1).item() if alpha1 else 0.0
     assert told["0.weight+0.bias/momentum_norm"] == pytest.approx(momentum, rel=1e-5)
     factor = optimizer.preconditioner[0][1].to_dense().norm().item()

@@ -221,7 +221,7 @@ class Twin:
         exponent: float = 1.0,
         momentum_first: bool = False,
         nesterov: bool = False,
-        max_update_rms: float | None = None,
+        max_update_norm: float | None = None,
         cautious_decay: bool = False,
     ) -> None:
         """Take units as `find_units` returns them, and the documented settings."""
@@ -280,9 +280,9 @@ class Twin:
             P = K[n] if number == 1 else K[n] @ K[n].T  # 0 until factors start
             size = max(size, 1e-30)
             U = times(U, size ** (2 * s["exponent"] - number) * P, n)
-        if s["max_update_rms"] is not None:
-            rms = float((U**2).mean() ** 0.5)
-            U = U * min(1.0, s["max_update_rms"] / max(rms, 1e-300))
+        if s["max_update_norm"] is not None:
+            norm = float((U**2).sum() ** 0.5)
+            U = U * min(1.0, s["max_update_norm"] / max(norm, 1e-300))
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["cautious_decay"]:

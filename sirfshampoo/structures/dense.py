@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from sirfshampoo.structures.base import (
@@ -78,6 +79,20 @@ class DenseMatrix(StructuredMatrix):
         # with K in a second place, its product is added within the matrix product
         K = self.mat.clone() if scratch is None else scratch.mat.copy_(self.mat)
         self.mat.baddbmm_(K, other.mat, alpha=alpha)
+        return self
+
+    def transform_(
+        self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
+    ) -> Self:
+        if isinstance(alpha, Tensor):
+            other, alpha = other.scale(alpha), 1.0
+        if self.mat.ndim != 3 or alpha == 0.0:  # see `product`
+            return super().transform_(other, alpha)
+        K, L = self.mat, other.mat
+        spare = torch.empty_like(K) if scratch is None else scratch.mat
+        K.baddbmm_(spare.copy_(K), L, alpha=alpha)
+        torch.baddbmm(K, L, K, alpha=alpha, out=spare)
+        torch.lerp(spare, spare.mT, 0.5, out=K)
         return self
 
     def symmetrize_(self) -> Self:
