@@ -247,7 +247,7 @@ def check_initial_factors(value: Any) -> None:
 
 def check_exponent(value: Any) -> None:
     """Check the constructor's `exponent`."""
-    if value not in EXPONENTS:
+    if isinstance(value, bool) or value not in EXPONENTS:
         raise ValueError(f"Argument 'exponent' must be in {EXPONENTS}, got {value!r}.")
 
 

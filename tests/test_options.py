@@ -214,6 +214,7 @@ def test_training_resumes_to_the_bit_with_all_options(taken: int) -> None:
         ("max_update_norm", float("inf")),
         ("exponent", 0.6),
         ("exponent", "half"),
+        ("exponent", True),
         ("nesterov", None),
         ("cautious_decay", 0.1),
     ],
