@@ -27,6 +27,22 @@ _FOREIGN = {
     "damping": "'lam'",
 }
 
+#: Arguments of the constructor that hold for all parameters.
+_OF_ALL = (
+    "batch_size",
+    "verbose_init",
+    "spread_updates",
+    "process_group",
+    "shard_preconditioners",
+    "initial_factors",
+    "exponent",
+    "momentum_first",
+    "nesterov",
+    "max_update_norm",
+    "max_update_rms",
+    "cautious_decay",
+)
+
 
 def _number(rule: str, allowed: Callable[[float], bool]) -> Callable[[str, Any], None]:
     """Return the check of a real number against a rule."""
@@ -185,8 +201,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Check the options of a parameter group; those not of this package are ignored.
 
     Raises:
-        ValueError: If a value is wrong, or if an option of another optimizer, which
-            would have no effect, is given.
+        ValueError: If a value is wrong, or if an option is given that would have no
+            effect, as it is another optimizer's or one for all parameters.
     """
     for name, value in options.items():
         if name in _CHECKS:
@@ -195,6 +211,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"Argument '{name}' is not an option of SIRFShampoo: use "
                 f"{_FOREIGN[name]} in its place. Got {value!r}."
+            )
+        elif name in _OF_ALL:
+            raise ValueError(
+                f"Argument '{name}' holds for all parameters: give it to the "
+                f"constructor, not to a group. Got {value!r}."
             )
 
 
@@ -251,10 +272,10 @@ def check_exponent(value: Any) -> None:
         raise ValueError(f"Argument 'exponent' must be in {EXPONENTS}, got {value!r}.")
 
 
-def check_max_update_norm(value: Any) -> None:
-    """Check the constructor's `max_update_norm`."""
+def check_limit(argument: str, value: Any) -> None:
+    """Check a limit, or None."""
     if value is not None:
-        _positive("max_update_norm", value)
+        _positive(argument, value)
 
 
 def check_count(argument: str, value: Any) -> None:

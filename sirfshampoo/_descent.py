@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,19 @@ class Variant(NamedTuple):
     momentum_first: bool = False
     nesterov: bool = False
     max_update_norm: float | None = None
+    max_update_rms: float | None = None
     cautious_decay: bool = False
 
 
-def limit_update(U: Tensor, *, max_update_norm: float) -> Tensor:
-    """Scale rows of U, ``[rows, *dims]``, down to a Frobenius norm of the maximum."""
+def limit_update(U: Tensor, variant: Variant) -> Tensor:
+    """Scale rows of U, ``[rows, *dims]``, down to the longest that is allowed."""
+    norms = [variant.max_update_norm] if variant.max_update_norm is not None else []
+    if variant.max_update_rms is not None:
+        norms.append(variant.max_update_rms * sqrt(U.shape[1:].numel()))
+    if not norms:
+        return U
     dtype = accumulation_dtype(U.dtype)
-    norm = torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
-    scale = max_update_norm / norm
+    scale = max(norms) / torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
     if unless_all(scale >= 1) is None:
         return U
     return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)

@@ -75,9 +75,7 @@ def _of_direction(
         G, V = V if G is None else G + alpha1 * V, None
     if G is None or not stack.held:
         return ([] if V is None else momentum), momentum
-    U = stack.precondition(rows, G)
-    if variant.max_update_norm is not None:
-        U = limit_update(U, max_update_norm=variant.max_update_norm)
+    U = limit_update(stack.precondition(rows, G), variant)
     return [U if V is None else U + alpha1 * V], momentum
 
 

@@ -14,8 +14,13 @@ __all__ = ["recipe"]
 #: The learning rate is this, times AdamW's, times √(batch size) / ∜(parameters).
 _RATE = 4.0
 
-#: lr · U has at most this Frobenius norm, in units of AdamW's learning rate.
-_LONGEST = 500.0
+#: lr · U has at most this Frobenius norm, in units of AdamW's learning rate, in runs of
+#: up to so many steps (of longer ones less, see below); matrices with more than so many
+#: entries have the root mean square that it makes for these.
+_LONGEST, _STEPS_AT_LONGEST, _ENTRIES_AT_LONGEST = 430.0, 400, 8192
+
+#: The steps of a run that nobody tells.
+_USUAL_STEPS = 1000
 
 #: Weights shrink by the first in a step, or by the second over all, if that is less.
 _SHRINK, _SHRINK_OVERALL = 0.015, 5.0
@@ -42,7 +47,8 @@ def recipe(
         model: The neural network.
         batch_size: The number of examples that the loss averages over in a step. (The
             optimizer counts them itself; the learning rate depends on them.)
-        steps: How many steps training takes: the weight decay follows from it.
+        steps: How many steps training takes: the longest step and the weight decay
+            follow from it.
         lr: AdamW's learning rate. Only its ratio to 1e-3 matters, with which all was
             measured; leave it, unless AdamW is known to want another.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
@@ -73,6 +79,9 @@ def recipe(
         shrink = lr * weight_decay
     elif steps is not None:
         shrink = min(_SHRINK, _SHRINK_OVERALL / steps)
+    # steps that go anywhere add up as the root of their number
+    ratio = min(_STEPS_AT_LONGEST / (steps or _USUAL_STEPS), 1.0)
+    longest = _LONGEST * lr / own * ratio**0.5
     return {
         "params": _groups(params, max_dense, shrink / own if shrink else 0.0),
         "lr": own,
@@ -85,7 +94,8 @@ def recipe(
         "exponent": 0.75,
         "momentum_first": True,
         "nesterov": True,
-        "max_update_norm": _LONGEST * lr / own,
+        "max_update_norm": longest,
+        "max_update_rms": longest / _ENTRIES_AT_LONGEST**0.5,
         "cautious_decay": True,
     }
 

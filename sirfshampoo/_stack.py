@@ -307,8 +307,7 @@ class Stack:
         moves = _and_finite(moves, U)
         if moves is not None:
             skipped.add_(~moves)
-        if variant.max_update_norm is not None:
-            U = limit_update(U, max_update_norm=variant.max_update_norm)
+        U = limit_update(U, variant)
         return _scattered(self.units[rows], U), moves
 
     def descend(self, task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:

@@ -22,7 +22,7 @@ from sirfshampoo._config import (
     check_exponent,
     check_flag,
     check_initial_factors,
-    check_max_update_norm,
+    check_limit,
     check_model,
     check_options,
     check_rule,
@@ -143,6 +143,7 @@ class SIRFShampoo(Optimizer):
         momentum_first: bool = False,
         nesterov: bool = False,
         max_update_norm: float | None = None,
+        max_update_rms: float | None = None,
         cautious_decay: bool = False,
     ) -> None:
         """Set up the optimizer.
@@ -241,6 +242,10 @@ class SIRFShampoo(Optimizer):
                 momentum adds up to 1 / (1 − alpha1) of them. U grows as gradients
                 vanish, and this stops the divergence that the next surprise makes of
                 it. Default: None, no limit.
+            max_update_rms: The largest root mean square of the entries of U, in the
+                same way. If both are given, what stays within one of them may pass: a
+                norm for small matrices, whose every entry may have to go far, a root
+                mean square for large ones. Default: None, no limit.
             cautious_decay: Whether `kappa` shrinks only the weights that U shrinks,
                 too, those where U · W > 0 ("Cautious Weight Decay", arXiv 2510.12402):
                 weights that have to grow are not held back, noise is.
@@ -270,7 +275,8 @@ class SIRFShampoo(Optimizer):
         check_flag("momentum_first", momentum_first)
         check_flag("nesterov", nesterov)
         check_flag("cautious_decay", cautious_decay)
-        check_max_update_norm(max_update_norm)
+        check_limit("max_update_norm", max_update_norm)
+        check_limit("max_update_rms", max_update_rms)
         self._model = model if isinstance(model, Module) else None
         if self._model is None:
             params = model  # type: ignore[assignment]
@@ -283,7 +289,12 @@ class SIRFShampoo(Optimizer):
         self.spread_updates = spread_updates
         self._exponent = float(exponent)
         self._variant = Variant(
-            initial_factors, momentum_first, nesterov, max_update_norm, cautious_decay
+            initial_factors,
+            momentum_first,
+            nesterov,
+            max_update_norm,
+            max_update_rms,
+            cautious_decay,
         )
         # the phase of each group, and what it follows from
         self._phases: tuple[Any, list[int]] = None, []

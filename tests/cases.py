@@ -86,7 +86,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "kappa": 0.1,
         "structures": mixture(1),
     },
-    "limited-update": {**FAST, "max_update_norm": 0.2, "structures": mixture(2)},
+    "limited-norm": {**FAST, "max_update_norm": 0.2, "structures": mixture(2)},
+    "limited-rms": {**FAST, "max_update_rms": 0.02, "structures": mixture(2)},
     "nesterov": {**FAST, "nesterov": True, "kappa": 0.1, "structures": mixture(1)},
     "cautious-decay": {
         **FAST,
@@ -131,6 +132,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "momentum_first": True,
         "nesterov": True,
         "max_update_norm": 0.2,
+        "max_update_rms": 0.02,
         "kappa": 0.1,
         "cautious_decay": True,
         "structures": mixture(2, SYMMETRIC),

@@ -50,6 +50,7 @@ def test_constructor_has_the_documented_arguments_in_order() -> None:
         "momentum_first": False,
         "nesterov": False,
         "max_update_norm": None,
+        "max_update_rms": None,
         "cautious_decay": False,
     }
     assert list(parameters) == ["model", *DOCUMENTED, *beyond]

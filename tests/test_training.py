@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import types
-from itertools import pairwise
 from math import inf, log
 from pathlib import Path
 from typing import Any
@@ -188,14 +187,6 @@ def test_editions_are_named() -> None:
     assert set(CONTESTANTS[name].builder for name in CONTESTANTS) == set(
         builders.BUILDERS
     )
-
-
-def test_the_interval_grows() -> None:
-    due = builders.GrowingInterval(3)
-    updates = [step for step in range(300) if due(step)]
-    for step, following in pairwise(updates):
-        whole = next(k for k in range(9) if 2 ** (k + 1) > step + 1)
-        assert following - step == min(max(whole - 1, 1), 3)
 
 
 def test_muon_gets_hidden_matrices_alone() -> None:

@@ -222,6 +222,7 @@ class Twin:
         momentum_first: bool = False,
         nesterov: bool = False,
         max_update_norm: float | None = None,
+        max_update_rms: float | None = None,
         cautious_decay: bool = False,
     ) -> None:
         """Take units as `find_units` returns them, and the documented settings."""
@@ -280,9 +281,11 @@ class Twin:
             P = K[n] if number == 1 else K[n] @ K[n].T  # 0 until factors start
             size = max(size, 1e-30)
             U = times(U, size ** (2 * s["exponent"] - number) * P, n)
-        if s["max_update_norm"] is not None:
-            norm = float((U**2).sum() ** 0.5)
-            U = U * min(1.0, s["max_update_norm"] / max(norm, 1e-300))
+        size = max(float((U**2).sum() ** 0.5), 1e-300)
+        by_norm, by_rms = s["max_update_norm"], s["max_update_rms"]
+        if by_norm is not None or by_rms is not None:
+            limit = max(by_norm or 0.0, (by_rms or 0.0) * U.numel() ** 0.5)
+            U = U * min(1.0, limit / size)
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["cautious_decay"]:
