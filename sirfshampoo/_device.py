@@ -20,7 +20,7 @@ def is_at_hand(tensor: Tensor) -> bool:
     numbers: a step that did would wait, and could not be captured as a CUDA graph.
     Nor may what `torch.compile` traces: it would fall into pieces there.
     """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
