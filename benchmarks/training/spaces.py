@@ -168,14 +168,14 @@ CONTESTANTS: dict[str, Contestant] = {
             "triu": "triutoeplitz",
         }.items()
     },
-    # `lr` and `weight_decay` are what the recipe is told of AdamW.
+    # `lr` and `weight_decay` are what the recipe is told of AdamW; None: its own.
     "sirf-around": Contestant(
         "SIRFShampoo, searched around the recipe",
         "recipe",
         {
             "lr": LogUniform(1e-4, 3e-2),
             "beta2": LogUniform(0.1, 0.6),
-            "weight_decay": Choice(0.0, 3.0, 10.0),
+            "weight_decay": Choice(None, 3.0, 10.0),
         },
     ),
     # Fixed settings: nothing is searched, other learning rates are tried beside.
