@@ -81,9 +81,9 @@ def descend(
     if kappa:
         decayed = list(W)
         if variant.cautious_decay:
-            against = [u * w <= 0 for u, w in zip(U.unbind(0), W, strict=True)]
-            pairs = zip(W, against, strict=True)
-            decayed = [w.masked_fill(mask, 0.0) for w, mask in pairs]
+            # by a product: filling by a mask takes ten times as long on a CPU
+            pairs = zip(U.unbind(0), W, strict=True)
+            decayed = [(u * w).gt_(0).mul_(w) for u, w in pairs]
         torch._foreach_add_(U.unbind(0), decayed, alpha=kappa)
     if moves is None:
         # V ← alpha1 · V + (U + kappa · W)
