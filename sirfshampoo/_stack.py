@@ -17,6 +17,7 @@ from sirfshampoo._distributed import (
     fill,
     is_dtensor,
     local,
+    local_like,
     placement,
     shard_rows,
     whole_rows,
@@ -365,7 +366,8 @@ class Stack:
     def _accumulate(self, rows: slice, moves: Tensor | None, alpha1: float) -> None:
         """Add the gradients of a run of rows to their momentum."""
         for j, V_j in enumerate(self.V or []):
-            grads = [local(unit.params[j].grad) for unit in self.units[rows]]  # type: ignore[arg-type]
+            params = [unit.params[j] for unit in self.units[rows]]
+            grads = [local_like(p.grad, p) for p in params]  # type: ignore[arg-type]
             accumulate(V_j[rows], stacked(grads), alpha1=alpha1, moves=moves)
 
     def whole_momenta(self, rows: slice) -> list[Tensor]:

@@ -23,7 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -292,6 +298,28 @@ def built_on_meta(before: bool) -> None:
     optimizer = optimizer or make(model)
     together(model, optimizer)
     assert_equal_parameters(model, expected)
+
+
+def gradients_placed_otherwise() -> None:
+    """Gradients that are yet to be summed, or cut, where parameters are whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    W, G = torch.eye(4).double(), torch.arange(16.0).double().view(4, 4) / 16
+    half = G[2 * dist.get_rank() :][:2]
+    share = (0.25, 0.75)[dist.get_rank()] * G
+    for momentum_first in (False, True):
+        make = partial(SIRFShampoo, **FAST, batch_size=8, momentum_first=momentum_first)
+        expected = nn.Parameter(W.clone())
+        twin = make([expected], process_group=False)
+        for _ in range(3):
+            expected.grad = G.clone()
+            twin.step()
+        for shard_of_G, how in ((share, Partial()), (half, Shard(0))):
+            p = nn.Parameter(distribute_tensor(W.clone(), mesh, [Replicate()]))
+            optimizer = make([p])
+            for _ in range(3):
+                p.grad = DTensor.from_local(shard_of_G.clone(), mesh, [how])
+                optimizer.step()
+            assert (whole(p) - expected).abs().max() < 1e-10
 
 
 def strided_shards() -> None:

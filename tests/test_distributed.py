@@ -144,7 +144,13 @@ def test_model_built_on_meta(two: Ranks, before: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [cases.plain_and_distributed, cases.own_training, cases.copies]
+    "case",
+    [
+        cases.plain_and_distributed,
+        cases.gradients_placed_otherwise,
+        cases.own_training,
+        cases.copies,
+    ],
 )
 def test_case(two: Ranks, case: Callable[[], None]) -> None:
     two.run(case)

@@ -17,7 +17,7 @@ from sirfshampoo._distributed.groups import (
     is_mesh,
     reduced,
 )
-from sirfshampoo._distributed.shards import is_dtensor, local, placement
+from sirfshampoo._distributed.shards import is_dtensor, local, local_like, placement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -142,7 +142,7 @@ class Exchange:
             for p in params:
                 regions = self._regions_of(p)  # type: ignore[arg-type]
                 if regions[self.rank].sends:
-                    send[owner].append(_shard_of_gradient(p))
+                    send[owner].append(local_like(p.grad, p).to(p.dtype))  # type: ignore[arg-type]
                 if owner == self.rank:
                     for rank, region in enumerate(regions):
                         if region.sends:
@@ -370,14 +370,6 @@ def _part(shape: torch.Size, rank: int, size: int) -> slice:
     length = shape[0] if shape else 0
     chunk = -(-length // size)
     return slice(min(rank * chunk, length), min((rank + 1) * chunk, length))
-
-
-def _shard_of_gradient(p: Tensor) -> Tensor:
-    """Return the shard of a parameter's gradient that lies where the parameter does."""
-    gradient: Any = p.grad
-    if placement(gradient) != placement(p):
-        gradient = gradient.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-    return local(gradient).to(p.dtype)
 
 
 def _dtypes(wanted: Iterable[tuple[int, Sequence[Tensor]]]) -> list[torch.dtype]:

@@ -70,6 +70,21 @@ def distributed_like(rows: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def local_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, distributed as another is.
+
+    Ranks communicate if it is distributed differently, e.g. a gradient that is still
+    to be summed.
+
+    Args:
+        tensor: A tensor, plain or distributed.
+        like: A tensor of the same shape: how it is to be distributed, if at all.
+    """
+    if is_dtensor(like) and placement(tensor) != placement(like):
+        tensor = tensor.redistribute(like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    return local(tensor)
+
+
 def whole_rows(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return whole tensors, stacked: one collective for all of them.
 
@@ -84,14 +99,7 @@ def whole_rows(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
         stacked = [local(t) for t in tensors]
         return stacked[0].unsqueeze(0) if len(stacked) == 1 else torch.stack(stacked)
     mesh, shape = like.device_mesh, (len(tensors), *like.shape)
-    shards = [
-        local(
-            t
-            if placement(t) == placement(like)
-            else t.redistribute(mesh, like.placements)  # type: ignore[attr-defined]
-        )
-        for t in tensors
-    ]
+    shards = [local_like(t, like) for t in tensors]
     rows = shards[0].unsqueeze(0) if len(shards) == 1 else torch.stack(shards)
     stack = like.from_local(
         rows,
