@@ -137,9 +137,13 @@ class Stack:
             structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
             for name, d, dtype in axes
         ]
-        if initial_factors == "identity":  # else they start in the first update
+        # rows whose factors start when a gradient comes, if it is finite
+        self._starting: set[int] = set()
+        if initial_factors == "identity":
             for K_n in self.K:
                 K_n.shift_(1.0)
+        elif first.owner is None:  # else ranks could not tell alike which have started
+            self._starting.update(range(len(units)))
         self.m = None
         if has_m:
             self.m = [
@@ -202,6 +206,9 @@ class Stack:
                 fill(view, state[p][key])
             state[p][key] = view
             self._placed.append((p, key, view))
+        if self._starting and not self.skipped.is_meta:
+            has_started = (self.K[0].max_abs() != 0).tolist()
+            self._starting -= {row for row, has in enumerate(has_started) if has}
 
     def entries(self) -> Iterator[tuple[Tensor, str, Tensor, bool]]:
         """Yield parameter, key and tensor of all that the state holds for this stack.
@@ -242,6 +249,9 @@ class Stack:
             settings: The settings of each parameter group; None: the unit rests.
         """
         start, of_row = 0, [settings[unit.group] for unit in self.units]
+        for row in self._starting:  # whatever T says: until then, nothing would move
+            shared = of_row[row]
+            of_row[row] = None if shared is None else shared._replace(due=True)
         for stop in range(1, len(of_row) + 1):
             current = of_row[start]
             if stop == len(of_row) or of_row[stop] != current:
@@ -271,6 +281,7 @@ class Stack:
             if shared.lr is None:
                 lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
             skipped = self.skipped[rows]
+            self._starting -= set(range(rows.start, rows.stop))
             tasks.append(Task(self, rows, shared, products, lrs, skipped))
         return tasks
 

@@ -74,6 +74,41 @@ def test_factors_start_in_the_first_finite_update_and_only_then() -> None:
             torch.testing.assert_close(K.to_dense(), expected)
 
 
+def test_factors_start_with_their_first_gradient_whatever_T_says() -> None:
+    """Else a parameter would stand still for up to T steps, or for ever."""
+    here, rare, late = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    arguments: dict[str, Any] = {
+        "batch_size": 8,
+        "initial_factors": "gradient",
+        "T": 10,
+    }
+
+    def factors(optimizer: SIRFShampoo) -> list[torch.Tensor]:
+        return [K.to_dense().clone() for Ks in optimizer.preconditioner for K in Ks]
+
+    optimizer = SIRFShampoo([here, rare], **arguments)
+    here.grad = torch.arange(3.0)
+    optimizer.step()
+    optimizer.add_param_group({"params": [late]})
+    learned, *others = factors(optimizer)
+    assert learned.any()
+    assert not any(K.any() for K in others)
+    rare.grad = late.grad = torch.ones(3)
+    optimizer.step()
+    for p in (here, rare, late):
+        assert not torch.equal(p, torch.ones(3))
+    # what has started is updated when it is due
+    assert torch.equal(factors(optimizer)[0], learned)
+    assert all(K.any() for K in factors(optimizer))
+    # so it is after a checkpoint
+    again = SIRFShampoo([here, rare], **arguments)
+    again.add_param_group({"params": [late]})
+    again.load_state_dict(optimizer.state_dict())
+    before = factors(again)
+    again.step()
+    assert all(map(torch.equal, factors(again), before))
+
+
 @pytest.mark.parametrize("lr", [10.0, torch.tensor(10.0)])
 @pytest.mark.parametrize("momentum_first", [False, True])
 @pytest.mark.parametrize(
@@ -322,3 +357,9 @@ def test_the_recipe_refuses_what_is_wrong(argument: str, value: Any) -> None:
     arguments: dict[str, Any] = {"batch_size": 8, argument: value}
     with pytest.raises(ValueError, match=f"Argument '{argument}' must be"):
         recipe(nn.Linear(3, 2), **arguments)
+
+
+def test_the_recipe_wants_a_model() -> None:
+    parameters: Any = nn.Linear(3, 2).parameters()
+    with pytest.raises(ValueError, match=r"'model' must be a torch\.nn\.Module, got gen"):
+        recipe(parameters, batch_size=8)

@@ -243,8 +243,10 @@ class Twin:
         G = unit.group(Gs)
         axes, T = range(G.ndim), s["T"]
 
-        if T(self.global_step) if callable(T) else self.global_step % T == 0:
-            if all(float(K_n.abs().max()) == 0 for K_n in K):
+        starts = all(float(K_n.abs().max()) == 0 for K_n in K)
+        due = T(self.global_step) if callable(T) else self.global_step % T == 0
+        if due or starts:  # whatever T says
+            if starts:
                 power = B * float((G**2).mean()) + s["lam"]
                 for n in axes:
                     K[n] = power ** (-0.5 / G.ndim) * torch.eye(len(K[n])).double()
