@@ -45,25 +45,35 @@ def recipe(
 
     Args:
         model: The neural network.
-        batch_size: The number of examples that the loss averages over in a step. (The
-            optimizer counts them itself; the learning rate depends on them.)
+        batch_size: The number of examples in a step, as the optimizer counts them: the
+            length of the inputs' leading axis. Of text that is sequences, not tokens.
+            The learning rate depends on it.
         steps: How many steps training takes: the longest step and the weight decay
             follow from it.
-        lr: AdamW's learning rate. Only its ratio to 1e-3 matters, with which all was
-            measured; leave it, unless AdamW is known to want another.
+        lr: AdamW's learning rate, to which the recipe's own is proportional. Leave it
+            at 1e-3, with which all was measured, whatever a search of AdamW finds: at
+            four times that, runs are lost.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
-        weight_decay: AdamW's: weights shrink by as much in a step. Default: by 0.015
-            at the full learning rate, or by 5 / `steps` if that is less; not at all
-            without `steps`. Vectors such as biases never shrink.
+        weight_decay: Weights shrink by lr · weight_decay in a step, as AdamW's.
+            Default: by 0.015 at the full learning rate, or by 5 / `steps` if that is
+            less; not at all without `steps`. This is a `weight_decay` of 15, or of
+            5000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is next to nothing
+            here. Vectors such as biases never shrink.
         max_dense: The longest axis with a dense factor; longer ones, and vectors, have
             diagonal factors.
 
     Returns:
-        Keyword arguments. Change or add what you like before you pass them on.
+        Keyword arguments. Change or add what you like before you pass them on; but
+        `kappa` and `structures` stand in the groups of ``params``, and win there, and
+        a rule of `combine_params` joins only what is in one group.
 
     Raises:
         ValueError: If an argument is wrong.
     """
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+        )
     check_count("batch_size", batch_size)
     check_count("max_dense", max_dense)
     if steps is not None:

@@ -44,7 +44,7 @@ class Task:
 
 
 def cross_entropy(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compare classes; all axes but the last are examples."""
+    """Compare classes; the mean is over all axes but the last."""
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
@@ -163,4 +163,4 @@ TASKS: dict[str, Task] = {
 """What `--task` accepts; a new task joins with one line."""
 
 QUICK = ("digits-cnn", "regression", "digits-mlp", "logistic", "logistic-rotated")
-"""What `--quick` trains on, beside the first task."""
+"""What `--quick` trains on."""

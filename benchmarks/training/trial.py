@@ -200,7 +200,7 @@ def _scores(training: Training) -> dict[str, float]:
     """Return the losses on all parts, and the accuracy on the test part."""
     data = training.data
     few = torch.linspace(0, len(data.train) - 1, min(len(data.train), 1200)).long()
-    if training.task.data == "text":  # a window is 64 examples
+    if training.task.data == "text":  # a window holds 64 characters
         few = few[:: len(few) // 256]
     train, _ = training.score(data.train.rows(few))
     val, _ = training.score(data.val)
