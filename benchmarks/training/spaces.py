@@ -102,6 +102,23 @@ _OURS = {
 _BF16 = {"preconditioner_dtypes": "bfloat16"}
 _SOAP = {"lr": _LR, "beta2": Choice(0.9, 0.95, 0.99), "weight_decay": _DECAY}
 
+#: The recipe less one of what it switches on.
+_CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "inverse": ("exponent 1", {"exponent": 1.0}),
+    "root": ("exponent 0.5", {"exponent": 0.5}),
+    "identity": ("factors start at the identity", {"initial_factors": "identity"}),
+    "T10": ("T = 10 from the start", {"T": 10}),
+    "momentum-last": ("momentum after pre-conditioning", {"momentum_first": False}),
+    "heavy-ball": ("without Nesterov's look ahead", {"nesterov": False}),
+    "unlimited": (
+        "without limits",
+        {"max_update_norm": None, "max_update_rms": None},
+    ),
+    "norm-only": ("without max_update_rms", {"max_update_rms": None}),
+    "plain-decay": ("decay not cautious", {"cautious_decay": False}),
+    "adamw-decay": ("weight_decay=0.1", {"weight_decay": 0.1}),
+}
+
 CONTESTANTS: dict[str, Contestant] = {
     "sgd": Contestant(
         "SGD with momentum",
@@ -184,6 +201,10 @@ CONTESTANTS: dict[str, Contestant] = {
     "sirf-recipe-bf16": Contestant(
         "SIRFShampoo, the recipe, bfloat16", "recipe", _BF16
     ),
+    **{
+        f"recipe-{name}": Contestant(f"the recipe, {title}", "recipe", settings)
+        for name, (title, settings) in _CHANGED.items()
+    },
     "sirf-readme": Contestant(
         "SIRFShampoo, the README's values",
         "sirfshampoo",
