@@ -361,5 +361,7 @@ def test_the_recipe_refuses_what_is_wrong(argument: str, value: Any) -> None:
 
 def test_the_recipe_wants_a_model() -> None:
     parameters: Any = nn.Linear(3, 2).parameters()
-    with pytest.raises(ValueError, match=r"'model' must be a torch\.nn\.Module, got gen"):
+    with pytest.raises(
+        ValueError, match=r"'model' must be a torch\.nn\.Module, got gen"
+    ):
         recipe(parameters, batch_size=8)
