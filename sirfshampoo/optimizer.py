@@ -225,10 +225,10 @@ class SIRFShampoo(Optimizer):
                 pre-conditions: 1; 0.5, as in Shampoo, SOAP and, element by element,
                 Adam; or 0.75 between. A smaller one trusts rare directions less, and
                 lets steps grow less as gradients vanish, with 0.5 not at all. With 0.5,
-                every K_n is multiplied
-                on once and not twice (cheaper, too): it is kept symmetric and positive
-                definite, K ← E K E with E = I − ½ beta2 / max(1, ‖m‖_F) · m, so that
-                it is the inverse square root itself. With 0.75, the first of several
+                every K_n is multiplied on once and not twice (cheaper, too): it is kept
+                symmetric and positive definite, K ← E K E with
+                E = I − ½ beta2 / max(1, ‖m‖_F) · m, so that it is the inverse square
+                root itself. With 0.75, the first of several
                 axes (the outputs of a layer) is multiplied on twice, the others once,
                 each times (‖K_n‖_F / √d_n)^(2p − its number). Structures that are
                 multiplied on once must be dense, diagonal or block-diagonal. In the
