@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks import environment, results
 from benchmarks.workloads import Shapes, gpt
-from sirfshampoo._costs import COUNTER_BYTES, cost_of
-from sirfshampoo._owners import rounds, with_owners, work_of
-from sirfshampoo._plan import _Plan
-from sirfshampoo._stack import stack_units
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of
+from sirfshampoo._engine.owners import rounds, with_owners, work_of
+from sirfshampoo._engine.stacks import stack_units
+from sirfshampoo._engine.units import Unit
+from sirfshampoo.summary import _Plan
 
 MODELS: dict[str, Shapes] = {
     "GPT-2 small, 0.16 billion": gpt(12, 768, 50257, 1024),

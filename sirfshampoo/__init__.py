@@ -1,10 +1,5 @@
 """SIRFShampoo: Shampoo with structured factors, without inverses and roots."""
 
-from sirfshampoo._chooser import choose_structures
-from sirfshampoo._interval import GrowingInterval
-from sirfshampoo._plan import summary
-from sirfshampoo._recipe import recipe
-from sirfshampoo._summary import Summary
 from sirfshampoo.combiner import (
     FlattenEmbedding,
     LinearWeightBias,
@@ -12,6 +7,8 @@ from sirfshampoo.combiner import (
     PreconditionerGroup,
 )
 from sirfshampoo.optimizer import SIRFShampoo
+from sirfshampoo.recipe import GrowingInterval, choose_structures, recipe
+from sirfshampoo.summary import Summary, summary
 
 __all__ = [
     "FlattenEmbedding",

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from sirfshampoo._batch_size import BatchSizeCounter, ForwardHook, get_batch_size
-from sirfshampoo._checkpoint import check_fit, check_symmetric, with_code, without_code
 from sirfshampoo._config import (
     CYCLED_MOMENTUM,
     adopt_cycled_momentum,
@@ -28,25 +26,32 @@ from sirfshampoo._config import (
     check_rule,
     with_kappa,
 )
-from sirfshampoo._costs import cost_of, period_of
-from sirfshampoo._descent import Variant
-from sirfshampoo._device import untraced
-from sirfshampoo._diagnostics import (
+from sirfshampoo._distributed import Ranks, is_dtensor, is_initialized
+from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook, get_batch_size
+from sirfshampoo._engine.checkpoint import (
+    check_fit,
+    check_symmetric,
+    with_code,
+    without_code,
+)
+from sirfshampoo._engine.costs import cost_of, period_of
+from sirfshampoo._engine.owners import Owners
+from sirfshampoo._engine.spread import spread
+from sirfshampoo._engine.stacks import Settings, Stack, Task, stack_units
+from sirfshampoo._engine.units import Unit, form_units
+from sirfshampoo._method.descent import Variant
+from sirfshampoo._method.device import untraced
+from sirfshampoo._method.factors import Workspace
+from sirfshampoo._method.precision import full_precision
+from sirfshampoo._report.diagnostics import (
     diagnostics,
     partly_missing_gradients,
     warn_of_callable_interval,
     warn_of_missing_gradients,
     warn_of_non_finite_gradients,
 )
-from sirfshampoo._distributed import Ranks, is_dtensor, is_initialized
-from sirfshampoo._factors import Workspace
-from sirfshampoo._memory import check_memory
-from sirfshampoo._owners import Owners
-from sirfshampoo._precision import full_precision
-from sirfshampoo._spread import spread
-from sirfshampoo._stack import Settings, Stack, Task, stack_units
-from sirfshampoo._summary import Summary, summarize
-from sirfshampoo._units import Unit, form_units
+from sirfshampoo._report.memory import check_memory
+from sirfshampoo._report.table import Summary, summarize
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, StructuredMatrix
 

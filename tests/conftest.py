@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sirfshampoo import _device, _stack
+from sirfshampoo._engine import stacks
+from sirfshampoo._method import device
 
 # The same examples in every run, however slow the machine; `make test-all` asks for
 # the profile with many.
@@ -109,8 +110,8 @@ class NoLooking(TorchDispatchMode):
 @pytest.fixture
 def far_away(monkeypatch: pytest.MonkeyPatch) -> NoLooking:
     """Have the CPU treated as an accelerator; a `with` block refuses to look."""
-    monkeypatch.setattr(_device, "is_at_hand", lambda tensor: False)
-    monkeypatch.setattr(_stack, "_STACK_LIMIT", {})
+    monkeypatch.setattr(device, "is_at_hand", lambda tensor: False)
+    monkeypatch.setattr(stacks, "_STACK_LIMIT", {})
     return NoLooking()
 
 

@@ -48,8 +48,8 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
 )
-from sirfshampoo._costs import cost_of
-from sirfshampoo._owners import with_owners, work_of
+from sirfshampoo._engine.costs import cost_of
+from sirfshampoo._engine.owners import with_owners, work_of
 from tests.cases import FAST, STRUCTURES, Tensors, mixture
 
 STEPS = 10

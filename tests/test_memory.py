@@ -11,8 +11,9 @@ from cases import CONFIGS, SHAPES, Tensors
 from conftest import LargestTensor
 from torch import nn
 
-from sirfshampoo import SIRFShampoo, _memory, summary
-from sirfshampoo._memory import free_bytes
+from sirfshampoo import SIRFShampoo, summary
+from sirfshampoo._report import memory
+from sirfshampoo._report.memory import free_bytes
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -25,7 +26,7 @@ def let_free(monkeypatch: pytest.MonkeyPatch) -> LetFree:
     """Say how much memory is free."""
 
     def let(number: int | None) -> None:
-        monkeypatch.setattr(_memory, "free_bytes", lambda device: number)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: number)
 
     return let
 
@@ -220,8 +221,8 @@ def test_free_memory_is_the_least_that_system_and_groups_leave(
 ) -> None:
     files, expected = SYSTEMS[system]
     lay_out(tmp_path, files)
-    monkeypatch.setattr(_memory, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(_memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
     assert free_bytes(CPU) == expected
 
 

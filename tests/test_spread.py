@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 from twin import Twin, assert_agree, find_units
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo, summary
-from sirfshampoo._spread import costliest_step, spread
+from sirfshampoo._engine.spread import costliest_step, spread
 
 BATCH = 4
 

@@ -24,7 +24,7 @@ from sirfshampoo import (
     choose_structures,
     summary,
 )
-from sirfshampoo._summary import tell_bytes
+from sirfshampoo._report.table import tell_bytes
 from sirfshampoo.structures import structure_class
 
 RULES = (LinearWeightBias(), FlattenEmbedding(), PerParameter())

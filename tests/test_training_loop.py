@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
-from sirfshampoo._stack import Stack
+from sirfshampoo._engine.stacks import Stack
 
 
 def model() -> nn.Sequential:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from sirfshampoo.structures.base import StructuredMatrix, product, product_like
+from sirfshampoo.structures.base import StructuredMatrix
+from sirfshampoo.structures.products import product, product_like
 
 
 def _is_large(X: Tensor) -> bool:

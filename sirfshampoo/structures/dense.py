@@ -8,9 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sirfshampoo.structures.base import (
-    StructuredMatrix,
-    accumulation_dtype,
+from sirfshampoo.structures.base import StructuredMatrix, accumulation_dtype
+from sirfshampoo.structures.products import (
     product,
     product_like,
     sum_of_symmetric_products,

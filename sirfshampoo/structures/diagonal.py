@@ -8,11 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sirfshampoo.structures.base import (
-    StructuredMatrix,
-    accumulation_dtype,
-    is_column_major,
-)
+from sirfshampoo.structures.base import StructuredMatrix, accumulation_dtype
+from sirfshampoo.structures.products import is_column_major
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from sirfshampoo.structures.base import (
-    StructuredMatrix,
-    accumulation_dtype,
-    is_column_major,
-    product,
-    product_like,
-)
+from sirfshampoo.structures.base import StructuredMatrix, accumulation_dtype
+from sirfshampoo.structures.products import is_column_major, product, product_like
 
 
 @dataclass(frozen=True, eq=False)

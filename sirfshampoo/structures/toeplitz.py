@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.fft import irfft, rfft
 
-from sirfshampoo.structures.base import (
-    StructuredMatrix,
-    accumulation_dtype,
-    product_like,
-)
+from sirfshampoo.structures.base import StructuredMatrix, accumulation_dtype
 from sirfshampoo.structures.dense import DenseMatrix
+from sirfshampoo.structures.products import product_like
 
 
 @lru_cache(maxsize=1024)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._descent import Variant, limit_update
 from sirfshampoo._distributed import local
-from sirfshampoo._stack import Stack
-from sirfshampoo._units import Unit, joined, joint_gradients
+from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._engine.units import Unit, joined, joint_gradients
+from sirfshampoo._method.descent import Variant, limit_update
 from sirfshampoo.structures.base import accumulation_dtype
 
 #: From here to the line of the user's that called `step`, through torch's wrapper.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sirfshampoo._rows import unless_all
+from sirfshampoo._method.rows import unless_all
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from sirfshampoo._costs import squaring_pays
-from sirfshampoo._preconditioner import Form, Preconditioner
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.costs import squaring_pays
+from sirfshampoo._engine.units import Unit
+from sirfshampoo._method.preconditioner import Form, Preconditioner
 from sirfshampoo.structures import StructuredMatrix
 
 

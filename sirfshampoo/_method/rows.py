@@ -11,7 +11,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from sirfshampoo import _device
+from sirfshampoo._method import device
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 
 #: Where entries of a float16 factor saturate: one update must not reach 65,504.
@@ -35,12 +35,12 @@ def unless_all(mask: Tensor) -> Tensor | None:
     On the CPU that spares the passes that apply it; elsewhere the host would have to
     wait for the device.
     """
-    return None if _device.is_at_hand(mask) and bool(mask.all()) else mask
+    return None if device.is_at_hand(mask) and bool(mask.all()) else mask
 
 
 def finite_rows(probes: Tensor) -> Tensor | None:
     """Return where numbers ``[rows]`` are finite, or None like `unless_all`."""
-    if _device.is_at_hand(probes) and isfinite(probes.sum().item()):
+    if device.is_at_hand(probes) and isfinite(probes.sum().item()):
         return None
     return unless_all(probes.isfinite())
 
@@ -50,7 +50,7 @@ def number(values: Tensor) -> float | Tensor:
 
     With a number, torch fuses products, and does not cast half-precision matrices.
     """
-    single = values.numel() == 1 and _device.is_at_hand(values)
+    single = values.numel() == 1 and device.is_at_hand(values)
     return values.item() if single else values
 
 

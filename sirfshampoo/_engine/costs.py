@@ -11,8 +11,7 @@ import torch
 from torch import Size
 
 from sirfshampoo._distributed import local
-from sirfshampoo._interval import GrowingInterval
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.base import accumulation_dtype
 
@@ -26,9 +25,10 @@ COUNTER_BYTES = 16
 def interval_of(group: Mapping[str, Any]) -> int:
     """Return how many steps the factors of a group are expected to stay."""
     T = group["T"]
-    if isinstance(T, GrowingInterval):
-        return T.T
-    return _GUESSED_INTERVAL if callable(T) else int(T)
+    if not callable(T):
+        return int(T)
+    longest = getattr(T, "T", None)  # as GrowingInterval tells it
+    return longest if isinstance(longest, int) else _GUESSED_INTERVAL
 
 
 def period_of(group: Mapping[str, Any]) -> int:

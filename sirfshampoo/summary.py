@@ -7,10 +7,12 @@ from typing import Any
 
 from torch.nn import Module
 
-from sirfshampoo._stack import Stack
-from sirfshampoo._summary import Summary
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._engine.units import Unit
+from sirfshampoo._report.table import Summary
 from sirfshampoo.optimizer import SIRFShampoo
+
+__all__ = ["Summary", "summary"]
 
 
 class _Plan(SIRFShampoo):

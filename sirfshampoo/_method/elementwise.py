@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sirfshampoo._preconditioner import Form
-from sirfshampoo._rows import LARGEST_FLOAT16, finite_rows
+from sirfshampoo._method.preconditioner import Form
+from sirfshampoo._method.rows import LARGEST_FLOAT16, finite_rows
 from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 

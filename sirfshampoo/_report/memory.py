@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._costs import COUNTER_BYTES, cost_of, momentum_bytes
-from sirfshampoo._summary import Row, Summary, summarize, tell_bytes
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of, momentum_bytes
+from sirfshampoo._engine.units import Unit
+from sirfshampoo._report.table import Row, Summary, summarize, tell_bytes
 from sirfshampoo.structures import structure_class
 
 #: How many of the largest axes an error names.

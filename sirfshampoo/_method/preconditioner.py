@@ -10,13 +10,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from sirfshampoo._rows import fold, mat, normalized
+from sirfshampoo._method.rows import fold, mat, normalized
 from sirfshampoo.structures import StructuredMatrix
-from sirfshampoo.structures.base import (
-    accumulation_dtype,
-    is_column_major,
-    per_matrix,
-)
+from sirfshampoo.structures.base import accumulation_dtype, per_matrix
+from sirfshampoo.structures.products import is_column_major
 
 
 class Form(NamedTuple):

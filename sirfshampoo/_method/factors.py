@@ -15,8 +15,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from sirfshampoo import _device
-from sirfshampoo._rows import (
+from sirfshampoo._method import device
+from sirfshampoo._method.rows import (
     LARGEST_FLOAT16,
     finite_rows,
     fold,
@@ -50,7 +50,7 @@ class Workspace:
             K: The matrix.
             slot: What lies in different slots does not overlap.
         """
-        if not isinstance(K, DenseMatrix) or not _device.is_at_hand(K.mat):
+        if not isinstance(K, DenseMatrix) or not device.is_at_hand(K.mat):
             return None
         sizes = [t.numel() for t in K.tensors()]
         buffer = self._buffers.get((K.dtype, slot))
@@ -78,7 +78,7 @@ def start_factors(
         lam: Damping.
     """
     first = K[0].tensors()[0].flatten(1)[:, :1]
-    if _device.is_at_hand(first) and first.all():  # the usual case, cheap to tell
+    if device.is_at_hand(first) and first.all():  # the usual case, cheap to tell
         return
     starts = K[0].max_abs() == 0
     dtype = accumulation_dtype(G.dtype)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._costs import cost_of, interval_of
 from sirfshampoo._distributed import Exchange, is_dtensor, whole
-from sirfshampoo._factors import Workspace
-from sirfshampoo._rows import unless_all
-from sirfshampoo._stack import Stack, Task
-from sirfshampoo._units import Unit, joined, stacked
+from sirfshampoo._engine.costs import cost_of, interval_of
+from sirfshampoo._engine.stacks import Stack, Task
+from sirfshampoo._engine.units import Unit, joined, stacked
+from sirfshampoo._method.factors import Workspace
+from sirfshampoo._method.rows import unless_all
 from sirfshampoo.structures.base import per_matrix
 
 Group = Mapping[str, Any]

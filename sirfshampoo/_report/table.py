@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sirfshampoo._costs import COUNTER_BYTES, cost_of, momentum_bytes, period_of
-from sirfshampoo._spread import costliest_step, spread
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of, momentum_bytes, period_of
+from sirfshampoo._engine.spread import costliest_step, spread
+from sirfshampoo._engine.units import Unit
 
 if TYPE_CHECKING:
     from rich.table import Table

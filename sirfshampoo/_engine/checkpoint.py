@@ -16,7 +16,7 @@ from sirfshampoo._config import (
     dtypes_of_axes,
     plain_numbers,
 )
-from sirfshampoo._units import Unit
+from sirfshampoo._engine.units import Unit
 
 Group = Mapping[str, Any]
 

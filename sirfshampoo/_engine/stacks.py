@@ -9,9 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sirfshampoo import _elementwise
-from sirfshampoo._costs import interval_of
-from sirfshampoo._descent import Variant, accumulate, descend, limit_update
 from sirfshampoo._distributed import (
     distributed_like,
     fill,
@@ -22,11 +19,14 @@ from sirfshampoo._distributed import (
     shard_rows,
     whole_rows,
 )
-from sirfshampoo._factors import Workspace, start_factors, update_factors
-from sirfshampoo._kept import KeptProducts, Preparation
-from sirfshampoo._preconditioner import precondition
-from sirfshampoo._rows import finite_rows
-from sirfshampoo._units import Unit, joined, joint_gradients, stacked
+from sirfshampoo._engine.costs import interval_of
+from sirfshampoo._engine.kept import KeptProducts, Preparation
+from sirfshampoo._engine.units import Unit, joined, joint_gradients, stacked
+from sirfshampoo._method import elementwise
+from sirfshampoo._method.descent import Variant, accumulate, descend, limit_update
+from sirfshampoo._method.factors import Workspace, start_factors, update_factors
+from sirfshampoo._method.preconditioner import precondition
+from sirfshampoo._method.rows import finite_rows
 from sirfshampoo.combiner import PerParameter
 from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.base import accumulation_dtype
@@ -362,7 +362,7 @@ class Stack:
             )
         update = partial(update_factors, workspace=workspace)
         if self._elementwise:
-            update = _elementwise.update_factors  # type: ignore[assignment]
+            update = elementwise.update_factors  # type: ignore[assignment]
         return update(
             self._part(self.K, rows),
             None if self.m is None else self._part(self.m, rows),
@@ -410,7 +410,7 @@ class Stack:
             preparation = self._products.for_once()
         if self._elementwise:
             factors = self._part(self.K, rows)
-            return _elementwise.precondition(factors, G, forms=preparation.form)  # type: ignore[arg-type]
+            return elementwise.precondition(factors, G, forms=preparation.form)  # type: ignore[arg-type]
         return precondition(self._products.get(rows, preparation), G)
 
     def _part(

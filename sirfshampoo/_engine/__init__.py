@@ -1,0 +1,1 @@
+"""Who is computed with whom, when and where."""

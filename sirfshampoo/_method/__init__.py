@@ -1,0 +1,1 @@
+"""The paper: how factors are learned, how gradients are pre-conditioned."""

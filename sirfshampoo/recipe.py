@@ -1,0 +1,289 @@
+"""Settings from what the user knows: a model, a batch size, how long it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
+
+from sirfshampoo._config import check_adamw, check_count, check_structure
+
+__all__ = ["GrowingInterval", "choose_structures", "recipe"]
+
+#: The learning rate is this, times AdamW's, times √(batch size) / ∜(parameters).
+_RATE = 4.0
+
+#: lr · U has at most this Frobenius norm, in units of AdamW's learning rate, in runs of
+#: up to so many steps (of longer ones less, see below); matrices with more than so many
+#: entries have the root mean square that it makes for these.
+_LONGEST, _STEPS_AT_LONGEST, _ENTRIES_AT_LONGEST = 430.0, 400, 8192
+
+#: The steps of a run that nobody tells.
+_USUAL_STEPS = 1000
+
+#: Weights shrink by the first in a step, or by the second over all, if that is less.
+_SHRINK, _SHRINK_OVERALL = 0.015, 5.0
+
+
+def recipe(
+    model: Module,
+    *,
+    batch_size: int,
+    steps: int | None = None,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float | None = None,
+    max_dense: int = 1024,
+) -> dict[str, Any]:
+    """Return arguments of `SIRFShampoo` for a model that AdamW has trained so far.
+
+    Use them as ``SIRFShampoo(model, **recipe(model, batch_size=128, steps=10_000))``,
+    with a warm-up over a tenth of the steps and a decay, as for AdamW.
+    ``docs/from_adamw.md`` tells where each value comes from, what was measured, and
+    where it falls short.
+
+    Args:
+        model: The neural network.
+        batch_size: The number of examples in a step, as the optimizer counts them: the
+            length of the inputs' leading axis. Of text that is sequences, not tokens.
+            The learning rate depends on it.
+        steps: How many steps training takes: the longest step and the weight decay
+            follow from it.
+        lr: AdamW's learning rate, to which the recipe's own is proportional. Leave it
+            at 1e-3, with which all was measured, whatever a search of AdamW finds: at
+            four times that, runs are lost.
+        betas: AdamW's; the first becomes the momentum, the second has no counterpart.
+        weight_decay: Weights shrink by lr · weight_decay in a step, as AdamW's.
+            Default: by 0.015 at the full learning rate, or by 5 / `steps` if that is
+            less; not at all without `steps`. This is a `weight_decay` of 15, or of
+            5000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is next to nothing
+            here. Vectors such as biases never shrink.
+        max_dense: The longest axis with a dense factor; longer ones, and vectors, have
+            diagonal factors.
+
+    Returns:
+        Keyword arguments. Change or add what you like before you pass them on; but
+        `kappa` and `structures` stand in the groups of ``params``, and win there, and
+        a rule of `combine_params` joins only what is in one group.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+        )
+    check_count("batch_size", batch_size)
+    check_count("max_dense", max_dense)
+    if steps is not None:
+        check_count("steps", steps)
+    check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
+    params = [p for p in model.parameters() if p.requires_grad]
+    size = max(sum(p.numel() for p in params), 1)
+    # with the inverse in place of its power ¾, U would have the length √(size / B) in
+    # the metric that it inverts; with the square root, entries of about 1 / √B
+    own = _RATE * lr * batch_size**0.5 / size**0.25
+    shrink = 0.0
+    if weight_decay is not None:
+        shrink = lr * weight_decay
+    elif steps is not None:
+        shrink = min(_SHRINK, _SHRINK_OVERALL / steps)
+    # steps that go anywhere add up as the root of their number
+    ratio = min(_STEPS_AT_LONGEST / (steps or _USUAL_STEPS), 1.0)
+    longest = _LONGEST * lr / own * ratio**0.5
+    return {
+        "params": _groups(params, max_dense, shrink / own if shrink else 0.0),
+        "lr": own,
+        "beta2": 0.3,
+        "alpha1": float(betas[0]),
+        "alpha2": 0.0,
+        "lam": 1e-6,
+        "T": GrowingInterval(10),
+        "initial_factors": "gradient",
+        "exponent": 0.75,
+        "momentum_first": True,
+        "nesterov": True,
+        "max_update_norm": longest,
+        "max_update_rms": longest / _ENTRIES_AT_LONGEST**0.5,
+        "cautious_decay": True,
+    }
+
+
+def _groups(
+    params: list[Parameter], max_dense: int, kappa: float
+) -> list[dict[str, Any]]:
+    """Return parameter groups of equal structures; vectors without weight decay."""
+    groups: dict[tuple[str, ...], list[Parameter]] = {}
+    for p in params:
+        dims = [d for d in p.shape if d != 1] or [1]
+        axes = tuple("dense" if d <= max_dense else "diagonal" for d in dims)
+        groups.setdefault(axes if len(dims) > 1 else ("diagonal",), []).append(p)
+    return [
+        {
+            "params": members,
+            "structures": {len(axes): axes},
+            "kappa": kappa if len(axes) > 1 else 0.0,
+        }
+        for axes, members in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class GrowingInterval:
+    """A ``T`` that grows with the step: min(max(⌊√step / 3⌋, 1), T).
+
+    Factors have the most to learn at the start. With ``SIRFShampoo(...,
+    T=GrowingInterval(10))`` they are updated in each of the first 37 steps, then in
+    every second, from step 81 on in every third, from step 900 on in every tenth. It
+    answers from the step alone, so that training resumes exactly.
+
+    In the first 400 steps, `GrowingInterval(10)` makes 133 updates.
+
+    Attributes:
+        T: The longest interval.
+
+    Raises:
+        ValueError: If `T` is not an integer > 0.
+    """
+
+    T: int
+
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        check_count("T", self.T)
+
+    def __call__(self, step: int) -> bool:
+        """Return whether the factors are to be updated in a step (from 0)."""
+        start = 0  # the first update at this interval
+        for interval in range(1, self.T):
+            grows_at = 9 * (interval + 1) ** 2
+            if step < grows_at:
+                return step >= start and (step - start) % interval == 0
+            # the first update from there on
+            start += -((start - grows_at) // interval) * interval
+        return step >= start and (step - start) % self.T == 0
+
+
+_EMBEDDINGS = (Embedding, EmbeddingBag)
+
+
+def choose_structures(
+    model: Module,
+    *,
+    max_dense: int = 2048,
+    beyond: str = "block30diagonal",
+    heads: Iterable[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Choose the structures of the Kronecker factors for the parameters of a model.
+
+    - Embeddings and output heads are ``'diagonal'``: one axis is the vocabulary or the
+      classes, and a row's gradient is zero whenever its token is absent.
+    - Norms, biases and all that has one axis (axes of size 1 do not count) are
+      ``'diagonal'``: a dense factor of a vector learns from a matrix of rank one.
+    - In all other tensors (matrices, convolution weights), axes up to ``max_dense`` are
+      ``'dense'``, where the pre-conditioner learns most. Memory grows with the square
+      of the axis, the time of an update with its cube, hence longer axes are `beyond`.
+
+    A bias joins the group of its layer's weight, so that rules such as
+    ``LinearWeightBias`` find both in one group.
+
+    Args:
+        model: The neural network.
+        max_dense: The longest axis that gets a dense factor.
+        beyond: The structure of longer axes, such as ``'block30diagonal'`` (neighbours
+            belong together) or ``'diagonal'`` (cheapest).
+        heads: The names of the output heads, as in ``model.named_modules()``; ``()`` if
+            there are none. Default: what ``model.get_output_embeddings()`` returns; or
+            linear layers whose weight is tied to an embedding; or the last linear layer
+            of the model.
+
+    Returns:
+        Parameter groups with the keys ``'params'`` and ``'structures'``, for
+        ``SIRFShampoo(model, choose_structures(model))``. They hold every parameter that
+        requires a gradient once, in the order of the model. Add other options to them
+        as you like.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+        )
+    if isinstance(max_dense, bool) or not isinstance(max_dense, int) or max_dense < 0:
+        raise ValueError(
+            f"Argument 'max_dense' must be an integer >= 0, got {max_dense!r}."
+        )
+    check_structure("beyond", beyond)
+    lean = _lean_parameters(model, heads)
+
+    def choice(p: Parameter) -> tuple[str, ...]:
+        """Return the structure of each axis; none if all are diagonal."""
+        dims = [d for d in p.shape if d != 1]
+        if len(dims) < 2 or id(p) in lean:
+            return ()
+        return tuple("dense" if d <= max_dense else beyond for d in dims)
+
+    groups: dict[tuple[str, ...], list[Parameter]] = {}
+    for p, weight in _with_weights(model):
+        groups.setdefault(choice(p if weight is None else weight), []).append(p)
+    return [
+        {
+            "params": params,
+            "structures": {1: "diagonal", len(axes): axes} if axes else "diagonal",
+        }
+        for axes, params in groups.items()
+    ]
+
+
+def _with_weights(model: Module) -> Iterator[tuple[Parameter, Parameter | None]]:
+    """Yield every trainable parameter once; a bias with the weight of its layer."""
+    seen: set[int] = set()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        matrices = [p for p in own if _axes(p) > 1]
+        for p in own:
+            if p.requires_grad and id(p) not in seen:
+                seen.add(id(p))
+                joins = len(matrices) == 1 and _axes(p) < 2
+                yield p, matrices[0] if joins else None
+
+
+def _axes(p: Tensor) -> int:
+    """Return how many axes a tensor has, less those of size 1."""
+    return sum(d != 1 for d in p.shape)
+
+
+def _lean_parameters(model: Module, heads: Iterable[str] | None) -> set[int]:
+    """Return the identities of the parameters of embeddings and output heads."""
+    modules: list[Module] = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
+    modules += _named(model, heads) if heads is not None else _find_heads(model)
+    return {id(p) for module in modules for p in module.parameters()}
+
+
+def _named(model: Module, names: Iterable[str]) -> list[Module]:
+    """Return the modules of these names."""
+    known = dict(model.named_modules())
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            "Argument 'heads' must hold names of modules in the model, got "
+            f"{unknown!r}."
+        )
+    return [known[name] for name in names]
+
+
+def _find_heads(model: Module) -> list[Module]:
+    """Return the output heads of a model, as far as one can tell."""
+    known = getattr(model, "get_output_embeddings", None)  # as in Hugging Face models
+    head = known() if callable(known) else None
+    if isinstance(head, Module):
+        return [head]
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
+    tied: list[Module] = [layer for layer in layers if id(layer.weight) in embedded]
+    return tied or list(layers[-1:])
