@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks import environment, results
 from benchmarks.workloads import Shapes, gpt
+from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of
-from sirfshampoo._engine.owners import rounds, with_owners, work_of
+from sirfshampoo._engine.relay import rounds
 from sirfshampoo._engine.stacks import stack_units
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.summary import _Plan
@@ -175,7 +176,7 @@ def records() -> Iterator[dict[str, Any]]:
             for ranks in RANKS:
                 for owned in (False, True):
                     costs = predict(
-                        planned._units,
+                        planned._engine.units,
                         planned.param_groups,
                         ranks,
                         sharded=True,

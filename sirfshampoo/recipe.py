@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
 
-from sirfshampoo._config import check_adamw, check_count, check_structure
+from sirfshampoo._config.arguments import check_adamw
+from sirfshampoo._config.axes import check_structure
+from sirfshampoo._config.checks import check_count
 
 __all__ = ["GrowingInterval", "choose_structures", "recipe"]
 

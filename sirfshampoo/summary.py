@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch.nn import Module
 
-from sirfshampoo._engine.stacks import Stack
-from sirfshampoo._engine.units import Unit
 from sirfshampoo._report.table import Summary
 from sirfshampoo.optimizer import SIRFShampoo
 
@@ -18,14 +16,7 @@ __all__ = ["Summary", "summary"]
 class _Plan(SIRFShampoo):
     """An optimizer that knows its units, and allocates nothing for them."""
 
-    def _check_memory(
-        self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Let pass what is too large: that is for the reader to see."""
-
-    def _restack(self) -> list[Stack]:
-        self._stacks = []
-        return self._stacks
+    _ALLOCATES = False
 
 
 def summary(

@@ -48,8 +48,8 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
 )
+from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import cost_of
-from sirfshampoo._engine.owners import with_owners, work_of
 from tests.cases import FAST, STRUCTURES, Tensors, mixture
 
 STEPS = 10
@@ -627,7 +627,7 @@ def balanced(layers: int) -> list[tuple[int, float]]:
     options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
     optimizer = SIRFShampoo(model, **options, shard_preconditioners=True)
     rank = dist.get_rank()
-    held = [u for u in optimizer._units if u.owner == rank]
+    held = [u for u in optimizer._engine.units if u.owner == rank]
     found = sum(
         t.numel() * t.element_size()
         for entries in optimizer.state.values()
@@ -655,7 +655,7 @@ def one_fails(where: str, how: str, pipe: Any) -> str:
         if last and step == 2 and where == "before the step":
             fail()
         if last and step == 2 and where == "within the step":
-            optimizer._owners.exchange.broadcast = fail
+            optimizer._engine.owners.exchange.broadcast = fail
         try:
             optimizer.step()
         except RuntimeError as error:
@@ -705,7 +705,7 @@ def copies() -> None:
     (x, y), *_ = batches(1)
     for copy in (deep, read):
         copy.zero_grad()
-        mean_loss(copy._model, share(x), share(y)).backward()
+        mean_loss(copy._model.module, share(x), share(y)).backward()
         copy.step()
         assert copy.global_step == 3
         assert copy.batch_size == ROWS
@@ -745,7 +745,7 @@ def costs(way: str, owned: bool, workload: str = "odd") -> dict[str, list[int]]:
     model = Tensors(list(shapes.values()), torch.float32)
     options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
     planned = SIRFShampoo(model, **options)
-    units, groups = planned._units, planned.param_groups
+    units, groups = planned._engine.units, planned.param_groups
     world, rank = dist.get_world_size(), dist.get_rank()
     sharded = way == "fsdp"
     expected = scale.predict(units, groups, world, sharded=sharded, owned=owned)[rank]
@@ -792,8 +792,8 @@ def spread_updates(way: str) -> None:
 
     model = wrapped(way, model)
     optimizer = SIRFShampoo(model, **options, shard_preconditioners=True)
-    phases, rank = optimizer._present_phases(), dist.get_rank()
-    own = [phases[u.group] for u in optimizer._units if u.owner == rank]
+    phases, rank = optimizer._engine.phases(optimizer.param_groups), dist.get_rank()
+    own = [phases[u.group] for u in optimizer._engine.units if u.owner == rank]
     assert set(own) == ({0, 1, 2} if len(own) > 2 else set(range(len(own))))
     together(model, optimizer)
     for p in model.parameters():

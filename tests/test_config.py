@@ -2,6 +2,7 @@
 
 import inspect
 from copy import deepcopy
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 import sirfshampoo
 from sirfshampoo import PerParameter, SIRFShampoo
+from sirfshampoo._config.variant import Variant
 from sirfshampoo.optimizer import DEFAULT_COMBINE_PARAMS, get_batch_size
 
 DOCUMENTED = {
@@ -41,23 +43,25 @@ def snapshot(optimizer: SIRFShampoo) -> Any:
 
 def test_constructor_has_the_documented_arguments_in_order() -> None:
     parameters = inspect.signature(SIRFShampoo).parameters
-    beyond = {
-        "spread_updates": False,
-        "process_group": None,
-        "shard_preconditioners": False,
-        "initial_factors": "identity",
-        "exponent": 1.0,
-        "momentum_first": False,
-        "nesterov": False,
-        "max_update_norm": None,
-        "max_update_rms": None,
-        "cautious_decay": False,
-    }
-    assert list(parameters) == ["model", *DOCUMENTED, *beyond]
+    ranks = {"process_group": None, "shard_preconditioners": False}
+    beyond = ranks | {option.name: option.default for option in fields(Variant)}
+    names = list(parameters)
+    assert names[: 1 + len(DOCUMENTED)] == ["model", *DOCUMENTED]
+    assert sorted(names[1 + len(DOCUMENTED) :]) == sorted(beyond)
     for name, default in beyond.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].default == default
     assert {name: parameters[name].default for name in DOCUMENTED} == DOCUMENTED
+
+
+@pytest.mark.parametrize("option", fields(Variant), ids=lambda option: option.name)
+def test_options_for_all_parameters_arrive(option: Any) -> None:
+    others = {"initial_factors": "gradient", "exponent": 0.5}
+    limits = {"max_update_norm": 2.0, "max_update_rms": 0.1}
+    value = {**others, **limits}.get(option.name, True)
+    assert value != option.default
+    optimizer = SIRFShampoo(model(), **{option.name: value})
+    assert optimizer._engine.variant == replace(Variant(), **{option.name: value})
 
 
 def test_public_names() -> None:

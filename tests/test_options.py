@@ -174,7 +174,7 @@ def test_factors_stay_symmetric_and_positive_definite(
         model.weight.grad *= scales
         optimizer.step()
     for K, times in zip(
-        optimizer.preconditioner[0], optimizer._units[0].times, strict=True
+        optimizer.preconditioner[0], optimizer._engine.units[0].times, strict=True
     ):
         mat = K.to_dense().double()
         if times == 1:

@@ -90,9 +90,9 @@ def test_every_model_gets_the_bytes_of_its_state(model: str) -> None:
 
 def kept_beside_the_state(optimizer: SIRFShampoo) -> Iterator[Tensor]:
     """Yield what stacks keep of K Kᵀ that is no view of the state."""
-    for stack in optimizer._current_stacks():
+    for stack in optimizer._stacks():
         own = {t.data_ptr() for K_n in stack.K for t in K_n.tensors()}
-        for kept in stack._products._kept or []:
+        for kept in stack.products._kept or []:
             fields = [t for t in kept.matrix.tensors() if t.data_ptr() not in own]
             yield from fields
             if kept.scale is not None:

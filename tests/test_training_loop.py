@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
-from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._engine.step import Everywhere
 
 
 def model() -> nn.Sequential:
@@ -449,15 +449,15 @@ def test_a_step_that_is_interrupted_leaves_a_state_that_loads(
     optimizer = SIRFShampoo(net, batch_size=3)
     draw_gradients(net)
     optimizer.step()
-    taken, calls = Stack.take_step, []
+    gathered, calls = Everywhere.gather, []
 
-    def interrupted(self: Stack, *args: Any) -> None:
-        calls.append(self)
+    def interrupted(self: Everywhere, task: Any) -> Tensor:
+        calls.append(task)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        taken(self, *args)
+        return gathered(self, task)
 
-    monkeypatch.setattr(Stack, "take_step", interrupted)
+    monkeypatch.setattr(Everywhere, "gather", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     monkeypatch.undo()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,53 +16,17 @@ from sirfshampoo._distributed.groups import (
     is_mesh,
     reduced,
 )
-from sirfshampoo._distributed.shards import is_dtensor, local, local_like, placement
+from sirfshampoo._distributed.regions import Regions
+from sirfshampoo._distributed.shards import is_dtensor, local, local_like
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 
 # torch 2.13 calls it otherwise, and warns of the old name
 _all_gather: Any = getattr(dist, "all_gather_single", None)
 _all_gather = _all_gather or getattr(dist, "all_gather_into_tensor", None)
-
-
-@dataclass(frozen=True)
-class _Region:
-    """The part of a tensor that a rank has.
-
-    Attributes:
-        slices: Where it is in the whole tensor.
-        shape: Its shape.
-        sends: Whether this rank, of those that have it, sends it.
-    """
-
-    slices: tuple[slice, ...]
-    shape: torch.Size
-    sends: bool
-
-
-def _region(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return start and length, a axis, of the shard at a place in the mesh."""
-    parts = [(0, size) for size in tensor.shape]
-    for each, ranks, index in zip(
-        tensor.placements, tensor.device_mesh.mesh.shape, coordinate, strict=True
-    ):
-        if each.is_replicate():
-            continue
-        dim = getattr(each, "dim", None)
-        if dim is None or type(each).__name__ != "Shard":
-            raise ValueError(
-                "Argument 'shard_preconditioners' must be False for parameters that "
-                f"are neither sharded nor replicated, got the placement {each!r}."
-            )
-        start, size = parts[dim]
-        chunk = -(-size // ranks)
-        first = min(index * chunk, size)
-        parts[dim] = start + first, min(chunk, size - first)
-    return tuple(parts)
 
 
 Waiting = Callable[[], list[list[Tensor]]]
@@ -86,8 +49,7 @@ class Exchange:
         self.group = _only_group(group)
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
-        self._ranks = dist.get_process_group_ranks(self.group)
-        self._regions: dict[Any, list[_Region]] = {}
+        self._regions = Regions(dist.get_process_group_ranks(self.group))
         self._mesh: DeviceMesh | None = None
 
     def check(self, params: Iterable[Tensor]) -> None:
@@ -98,30 +60,7 @@ class Exchange:
         """
         for p in params:
             if is_dtensor(p):
-                self._regions_of(p)
-
-    def _regions_of(self, p: DTensor) -> list[_Region]:
-        """Return the part of a tensor that each rank has."""
-        key = placement(p), p.shape
-        if key in self._regions:
-            return self._regions[key]
-        mesh, seen = p.device_mesh.mesh, set()
-        regions = []
-        for rank in self._ranks:
-            places = (mesh == rank).nonzero().tolist()
-            parts = _region(p, places[0]) if places else tuple((0, 0) for _ in p.shape)
-            shape = torch.Size(size for _, size in parts)
-            slices = tuple(slice(start, start + size) for start, size in parts)
-            sends = shape.numel() > 0 and bool(places) and parts not in seen
-            seen.add(parts)
-            regions.append(_Region(slices, shape, sends))
-        if sum(r.shape.numel() for r in regions if r.sends) != p.numel():
-            raise ValueError(
-                "Argument 'shard_preconditioners' must name ranks that together hold "
-                f"all parameters, got {self._ranks} for one on {p.device_mesh}."
-            )
-        self._regions[key] = regions
-        return regions
+                self._regions.of(p)
 
     # ----------------------------------------------------------------- of parameters
 
@@ -140,7 +79,7 @@ class Exchange:
         expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
         for owner, params in wanted:
             for p in params:
-                regions = self._regions_of(p)  # type: ignore[arg-type]
+                regions = self._regions.of(p)  # type: ignore[arg-type]
                 if regions[self.rank].sends:
                     send[owner].append(local_like(p.grad, p).to(p.dtype))  # type: ignore[arg-type]
                 if owner == self.rank:
@@ -156,7 +95,7 @@ class Exchange:
                 first = local(params[0])
                 G = first.new_empty(len(params), *params[0].shape)
                 for row, p in enumerate(params):
-                    for rank, region in enumerate(self._regions_of(p)):  # type: ignore[arg-type]
+                    for rank, region in enumerate(self._regions.of(p)):  # type: ignore[arg-type]
                         if region.sends:
                             G[row][region.slices].copy_(next(pieces[rank]))
                 wholes.append(G)
@@ -182,7 +121,7 @@ class Exchange:
         expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
         own = iter(mine)
         for owner, params in wanted:
-            regions = self._regions_of(params[0])  # type: ignore[arg-type]
+            regions = self._regions.of(params[0])  # type: ignore[arg-type]
             shape = torch.Size((len(params), *regions[self.rank].shape))
             expect[owner].append((shape, params[0]))
             if owner == self.rank:

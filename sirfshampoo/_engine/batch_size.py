@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -15,59 +13,14 @@ from torch.nn import Module
 from torch.utils.hooks import unserializable_hook
 
 from sirfshampoo._distributed import is_dtensor, local
+from sirfshampoo._engine.examples import (
+    Count,
+    count_examples,
+    takes_keywords,
+    tensors_in,
+)
 
-BatchSize = int | Callable[..., int]
 _Gradients = list[tuple[Tensor | None, int]]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested inputs or outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in fields(value)])
-
-
-def get_batch_size(inputs: tuple[Tensor, ...]) -> int:
-    """Return the batch size: the leading dimension of the first input tensor.
-
-    Args:
-        inputs: The inputs to the neural network's ``forward``. Tuples, lists and
-            dicts are searched for the first tensor that has an axis.
-
-    Returns:
-        The size of that tensor's first axis.
-
-    Raises:
-        ValueError: If there is no such tensor.
-    """
-    tensor = next((t for t in _tensors(inputs) if t.ndim), None)
-    if tensor is None:
-        raise ValueError(
-            "Cannot detect the batch size: no input of the model is a tensor with at "
-            "least one axis. Pass 'batch_size' as an integer, or as a callable that "
-            "maps the model's inputs to it."
-        )
-    return tensor.shape[0]
-
-
-def _takes_keywords(count: BatchSize) -> bool:
-    """Return whether a callable has a second parameter that must be given."""
-    try:
-        parameters = list(signature(count).parameters.values())  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # some builtins do not tell
-        return False
-    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    required = [
-        p for p in parameters if p.default is Parameter.empty and p.kind in positional
-    ]
-    return len(required) == 2
 
 
 @dataclass
@@ -97,9 +50,9 @@ class BatchSizeCounter:
         params: The trained parameters.
     """
 
-    def __init__(self, batch_size: BatchSize) -> None:
+    def __init__(self, batch_size: int | Count) -> None:
         self.params: list[Tensor] = []
-        self._count: Callable[..., int] | None = None
+        self._count: Count | None = None
         self._last = 0  # the batch size of the last step, or the integer
         self._counted = 0  # examples whose gradients are there
         self._announced = 0  # examples of training mode that await their gradients
@@ -109,7 +62,7 @@ class BatchSizeCounter:
         self._held_back: list[_ForwardPass] = []  # their gradients, by FSDP
         if callable(batch_size):
             self._count = batch_size
-            self._takes_keywords = _takes_keywords(batch_size)
+            self._takes_keywords = takes_keywords(batch_size)
         else:
             self._last = batch_size
 
@@ -141,7 +94,9 @@ class BatchSizeCounter:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
         try:
-            size = self._size(args, kwargs)
+            size = count_examples(
+                self._count, args, kwargs, with_keywords=self._takes_keywords
+            )
         except ValueError:
             if training:
                 raise
@@ -149,27 +104,10 @@ class BatchSizeCounter:
         forward = _ForwardPass(size, announced=size if training else 0)
         self._announced += forward.announced
         counter = weakref.ref(self)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 hook = unserializable_hook(partial(_arrive, counter, forward))
                 tensor.register_hook(hook)
-
-    def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Return what the callable says of inputs."""
-        if self._count is None:
-            return self._last
-        if self._count is get_batch_size:
-            size = get_batch_size((*args, *kwargs.values()))
-        elif self._takes_keywords:
-            size = self._count(args, kwargs)
-        else:
-            size = self._count(args)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(
-                "Argument 'batch_size' must return an integer >= 0 for the inputs of "
-                f"the model, got {size!r}."
-            )
-        return size
 
     def arrive(self, forward: _ForwardPass) -> None:
         """Note that gradients flow back from the outputs of a forward pass."""
@@ -311,6 +249,18 @@ class ForwardHook:
                 del model._forward_hooks[key]
                 model._forward_hooks_with_kwargs.pop(key, None)
 
+    def remove_with(self, owner: Any, model: Module) -> None:
+        """Remove this hook from a model, if that is still there, when an owner ends."""
+        present = weakref.ref(model)
+        weakref.finalize(owner, _remove, self, present).atexit = False
+
     def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
         """Return how to make a copy, which counts for nobody at first."""
         return type(self), ()
+
+
+def _remove(hook: ForwardHook, model: weakref.ref[Module]) -> None:
+    """Remove a hook from a model that may be gone."""
+    present = model()
+    if present is not None:
+        hook.remove_from(present)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._config import (
+from sirfshampoo._config.axes import dtypes_of_axes
+from sirfshampoo._config.groups import (
     CYCLED_MOMENTUM,
     OPTIONS,
     check_options,
-    dtypes_of_axes,
     plain_numbers,
 )
 from sirfshampoo._engine.units import Unit

@@ -1,86 +1,18 @@
-"""Which rank holds which pre-conditioner, and steps of several ranks that share them.
-
-Every rank walks through the same rounds. In a round, each rank treats one stack of
-those that it owns: shards of gradients come to the owners, which learn the factors and
-pre-condition; then whole parameters go from their owners to all ranks, and of sharded
-ones, the pre-conditioned gradients go to where the shards are. Gradients of the next
-round and results of the last are on their way while a round is computed.
-"""
+"""Owners: each pre-conditioner lies on one rank, in training and in checkpoints."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sirfshampoo._distributed import Exchange, is_dtensor, whole
-from sirfshampoo._engine.costs import cost_of, interval_of
-from sirfshampoo._engine.stacks import Stack, Task
-from sirfshampoo._engine.units import Unit, joined, stacked
-from sirfshampoo._method.factors import Workspace
-from sirfshampoo._method.rows import unless_all
-from sirfshampoo.structures.base import per_matrix
-
-Group = Mapping[str, Any]
-
-
-def work_of(unit: Unit, group: Group) -> float:
-    """Return how many operations a unit takes in a step, on average."""
-    cost = cost_of(unit, group)
-    return cost.step_flops + cost.update_flops / interval_of(group)
-
-
-def shared_out(
-    costs: Sequence[tuple[float, ...]], loads: Sequence[tuple[float, ...]]
-) -> list[int]:
-    """Return who gets which piece of work: the longest first, to who has the least.
-
-    Args:
-        costs: What each piece costs. Of equal first numbers, the next ones decide.
-        loads: What each has to do already.
-    """
-    present = [list(load) for load in loads]
-    owners = [0] * len(costs)
-    # sorted() is stable: all ranks come to the same end
-    for i in sorted(range(len(costs)), key=lambda i: costs[i], reverse=True):
-        owner = min(range(len(present)), key=lambda r: present[r])
-        present[owner] = [a + b for a, b in zip(present[owner], costs[i], strict=True)]
-        owners[i] = owner
-    return owners
-
-
-def with_owners(
-    units: Sequence[Unit], groups: Sequence[Group], present: Sequence[Unit], ranks: int
-) -> list[Unit]:
-    """Return units with owners among a number of ranks; see `Owners.assign`."""
-
-    def cost(unit: Unit) -> tuple[float, float]:
-        return work_of(unit, groups[unit.group]), float(unit.num_stored)
-
-    loads = [(0.0, 0.0)] * ranks
-    for unit in present:
-        (work, stored), owner = cost(unit), unit.owner or 0
-        loads[owner] = loads[owner][0] + work, loads[owner][1] + stored
-    owners = shared_out([cost(unit) for unit in units], loads)
-    return [replace(u, owner=o) for u, o in zip(units, owners, strict=True)]
-
-
-def _params(task: Task, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield the position and the parameters of all rows there."""
-    units = task.stack.units[task.rows]
-    for j, first in enumerate(units[0].params):
-        if is_dtensor(first) == distributed:
-            yield j, [unit.params[j] for unit in units]
-
-
-def _owner(stack: Stack) -> int:
-    """Return who owns a stack."""
-    return stack.units[0].owner or 0
+from sirfshampoo._engine.assignment import with_owners
+from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._engine.units import Unit
 
 
 class Owners:
@@ -104,7 +36,10 @@ class Owners:
         return self.exchange.rank
 
     def assign(
-        self, units: Sequence[Unit], groups: Sequence[Group], present: Sequence[Unit]
+        self,
+        units: Sequence[Unit],
+        groups: Sequence[Mapping[str, Any]],
+        present: Sequence[Unit],
     ) -> list[Unit]:
         """Return units with owners.
 
@@ -116,75 +51,6 @@ class Owners:
         for unit in units:
             self.exchange.check(unit.params)
         return with_owners(units, groups, present, self.exchange.size)
-
-    # ------------------------------------------------------------------------- step
-
-    def take_steps(
-        self, tasks: Sequence[Task], batch_size: int, workspace: Workspace
-    ) -> None:
-        """Do what is planned, of all ranks.
-
-        Args:
-            tasks: What a step does with the stacks of all owners.
-            batch_size: The number of examples that the gradients average over.
-            workspace: Memory for what is needed within the call.
-        """
-        planned = _rounds(tasks)
-        arriving = self._send_gradients(planned[0]) if planned else None
-        finish: Callable[[], None] | None = None
-        for i, of_round in enumerate(planned):
-            gradients = iter(arriving() if arriving else [])
-            arriving = None
-            if i + 1 < len(planned):
-                arriving = self._send_gradients(planned[i + 1])
-            mine: list[Tensor] = []
-            for task in of_round:
-                if task.stack.held:
-                    mine += _learn(task, gradients, batch_size, workspace)
-            sent = self._send_results(of_round, mine)
-            if finish is not None:
-                finish()
-            finish = sent
-        if finish is not None:
-            finish()
-
-    def _send_gradients(self, tasks: Sequence[Task]) -> Callable[[], list[Tensor]]:
-        """Bring shards of gradients together; return what waits for those it owns.
-
-        These are whole gradients, ``[rows, *shape]``, in the order of tasks and of
-        parameters in their units.
-        """
-        return self.exchange.to_owners(_sharded(tasks))
-
-    def _send_results(
-        self, tasks: Sequence[Task], mine: list[Tensor]
-    ) -> Callable[[], None]:
-        """Send what was computed to all ranks; return what waits and takes it over.
-
-        Args:
-            tasks: The tasks of the round.
-            mine: The pre-conditioned gradients of sharded parameters that this rank
-                owns, ``[rows, *shape]``.
-        """
-        shards = self.exchange.from_owners(_sharded(tasks), mine)
-        moved = [
-            (_owner(task.stack), p)
-            for task in tasks
-            for _, params in _params(task, distributed=False)
-            for p in params
-        ]
-        take_over = self.exchange.broadcast(moved)
-
-        def finish() -> None:
-            take_over()
-            arrived = iter(shards())
-            for task in tasks:
-                for j, _ in _params(task, distributed=True):
-                    U = next(arrived)
-                    moves = unless_all(U.flatten(1).isfinite().all(1))
-                    task.stack.descend(task, j, U, moves)
-
-        return finish
 
     # ------------------------------------------------------------------- checkpoints
 
@@ -204,7 +70,7 @@ class Owners:
         checkpoints know nothing of owners. All ranks must call it.
         """
         owned = [
-            (_owner(stack), entry)
+            (stack.owner, entry)
             for stack in stacks
             for entry in stack.entries()
             if not (entry[3] and (entry[1] == "step" or is_dtensor(entry[2])))
@@ -243,66 +109,3 @@ class Owners:
                 if key == "step" or unit.owner == self.rank:
                     mine[p][key] = tensor
         return mine
-
-
-def _rounds(tasks: Iterable[Task]) -> list[list[Task]]:
-    """Return what is done in each round."""
-    of_stack: dict[Stack, list[Task]] = defaultdict(list)
-    for task in tasks:
-        of_stack[task.stack].append(task)
-    return [
-        [task for stack in of_round for task in of_stack[stack]]
-        for of_round in rounds(of_stack)
-    ]
-
-
-def rounds(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
-    """Yield one stack of each owner at a time, the largest first."""
-    of_owner: dict[int, list[Stack]] = defaultdict(list)
-    for stack in stacks:
-        of_owner[_owner(stack)].append(stack)
-
-    def size(stack: Stack) -> int:
-        return len(stack.units) * stack.units[0].dims.numel()
-
-    ordered = [sorted(s, key=size, reverse=True) for s in of_owner.values()]
-    for of_round in zip_longest(*ordered):
-        yield [stack for stack in of_round if stack is not None]
-
-
-def _sharded(tasks: Iterable[Task]) -> list[tuple[int, list[Tensor]]]:
-    """Return owners, each with sharded parameters of equal shape."""
-    return [
-        (_owner(task.stack), params)
-        for task in tasks
-        for _, params in _params(task, distributed=True)
-    ]
-
-
-def _learn(
-    task: Task, gradients: Iterator[Tensor], batch_size: int, workspace: Workspace
-) -> list[Tensor]:
-    """Learn the factors of a run; move what is whole, return what is not.
-
-    Args:
-        task: What a step does with the run.
-        gradients: Yields the whole gradients of its sharded parameters, in turn.
-        batch_size: The number of examples that the gradients average over.
-        workspace: Memory for what is needed within the call.
-    """
-    units = task.stack.units[task.rows]
-    wholes = [
-        next(gradients)
-        if is_dtensor(first)
-        else stacked([unit.params[j].grad for unit in units])  # type: ignore[misc]
-        for j, first in enumerate(units[0].params)
-    ]
-    G = joined(units, wholes)
-    U, moves = task.stack.learn(task, G, batch_size, workspace)
-    for j, _ in _params(task, distributed=False):
-        task.stack.descend(task, j, U[j], moves)
-    results = [U[j] for j, _ in _params(task, distributed=True)]
-    if moves is not None:  # where shards are, this tells to rest
-        for U_j in results:
-            U_j.masked_fill_(per_matrix(~moves, U_j), float("nan"))
-    return results

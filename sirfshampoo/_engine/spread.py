@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heapify, heapreplace
 from math import gcd
+from typing import Any
+
+from sirfshampoo._engine.costs import cost_of, period_of
+from sirfshampoo._engine.units import Unit
 
 #: The work in each step of a period, by the length of the period.
 Loads = dict[int, list[int]]
+
+
+class Phases:
+    """The phase of each unit; found anew when what it follows from has changed."""
+
+    def __init__(self) -> None:
+        """Know nothing at first."""
+        self._reason: list[tuple[Any, bool]] | None = None
+        self._found: list[int] = []
+
+    def of(
+        self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
+        """Return the phases of units, one a group; each owner's work is balanced."""
+        reason = [(group["T"], bool(group["lam"])) for group in groups]
+        if reason != self._reason:
+            updates = [cost_of(unit, groups[unit.group]).update_flops for unit in units]
+            phases = [0] * len(groups)
+            for owner in {unit.owner for unit in units}:
+                own = [i for i, unit in enumerate(units) if unit.owner == owner]
+                periods = [period_of(groups[i]) for i in own]
+                found = spread([updates[i] for i in own], periods)
+                for i, phase in zip(own, found, strict=True):
+                    phases[i] = phase
+            self._reason, self._found = reason, phases
+        return self._found
 
 
 def spread(costs: Sequence[int], periods: Sequence[int]) -> list[int]:

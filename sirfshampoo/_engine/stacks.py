@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import (
-    distributed_like,
-    fill,
-    is_dtensor,
-    local,
-    local_like,
-    placement,
-    shard_rows,
-    whole_rows,
-)
-from sirfshampoo._engine.costs import interval_of
-from sirfshampoo._engine.kept import KeptProducts, Preparation
-from sirfshampoo._engine.units import Unit, joined, joint_gradients, stacked
-from sirfshampoo._method import elementwise
-from sirfshampoo._method.descent import Variant, accumulate, descend, limit_update
-from sirfshampoo._method.factors import Workspace, start_factors, update_factors
-from sirfshampoo._method.preconditioner import precondition
-from sirfshampoo._method.rows import finite_rows
-from sirfshampoo.combiner import PerParameter
+from sirfshampoo._distributed import distributed_like, fill, placement
+from sirfshampoo._engine.kept import KeptProducts
+from sirfshampoo._engine.momenta import zero_momenta
+from sirfshampoo._engine.units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
-from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
 State = dict[str, Tensor]
@@ -40,54 +23,6 @@ State = dict[str, Tensor]
 #: temporary on, more time to page faults than to arithmetic.
 _STACK_LIMIT = {"cpu": 1 << 19}
 _STACK_LIMIT_ELSEWHERE = 1 << 27
-
-
-class Settings(NamedTuple):
-    """What the rows of one run have in common during a step."""
-
-    lr: float | None  # None: each row has a tensor
-    beta2: float
-    alpha1: float
-    alpha2: float
-    lam: float
-    kappa: float
-    due: bool  # whether the factors are to be updated
-    interval: int  # how many steps the factors are expected to stay
-    variant: Variant
-
-    @classmethod
-    def of_group(
-        cls, group: Mapping[str, Any], *, due: bool, variant: Variant
-    ) -> Settings:
-        """Read the settings of a parameter group."""
-        return cls(
-            lr=None if isinstance(group["lr"], Tensor) else float(group["lr"]),
-            beta2=float(group["beta2"]),
-            alpha1=float(group["alpha1"]),
-            alpha2=float(group["alpha2"]),
-            lam=float(group["lam"]),
-            kappa=float(group["kappa"]),
-            due=due,
-            interval=interval_of(group),
-            variant=variant,
-        )
-
-
-class Task(NamedTuple):
-    """A run of rows of a stack, and what a step does with it."""
-
-    stack: Stack
-    rows: slice
-    settings: Settings
-    products: Preparation
-    lrs: list[Tensor]  # of the rows, where learning rates are tensors
-    skipped: Tensor  # of the rows; Dynamo passes over calls that get no tensor
-
-    def rate(self, device: torch.device) -> float | Tensor:
-        """Return the learning rate, or those of the rows, ``[rows]``."""
-        if self.settings.lr is not None:
-            return self.settings.lr
-        return stacked([lr.reshape(()).to(device) for lr in self.lrs])
 
 
 class Stack:
@@ -105,6 +40,9 @@ class Stack:
             distributed the shard on this rank; None if there is none.
         step: The number of steps taken, ``[rows]``, on the CPU.
         skipped: The number of steps sat out for a non-finite gradient, ``[rows]``.
+        starting: The rows whose factors start when a gradient comes, if it is finite.
+        elementwise: Whether all factors are diagonal.
+        products: The factors in the form that multiplies gradients.
     """
 
     def __init__(
@@ -137,13 +75,12 @@ class Stack:
             structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
             for name, d, dtype in axes
         ]
-        # rows whose factors start when a gradient comes, if it is finite
-        self._starting: set[int] = set()
+        self.starting: set[int] = set()
         if initial_factors == "identity":
             for K_n in self.K:
                 K_n.shift_(1.0)
         elif first.owner is None:  # else ranks could not tell alike which have started
-            self._starting.update(range(len(units)))
+            self.starting.update(range(len(units)))
         self.m = None
         if has_m:
             self.m = [
@@ -152,23 +89,19 @@ class Stack:
             ]
         self.V = None
         if has_V:
-            self.V = [self._momentum(p) for p in first.params]
+            self.V = zero_momenta(units, held=held)
         self.step = torch.full((len(units),), step, dtype=torch.int64)
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
         self._kinds = [(p.device, p.dtype) for p in first.params]
-        self._elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
+        self.elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
-        self._products = KeptProducts(self.K, first)
+        self.products = KeptProducts(self.K, first)
 
-    def _momentum(self, p: Tensor) -> Tensor:
-        """Return a momentum of zeros for parameters like p, ``[rows, *shape]``."""
-        shard, rows = local(p.detach()), len(self.units)
-        if not self.held and not is_dtensor(p):
-            rows = 0  # shards of a momentum lie with those of its parameter
-        if rows == 1:  # one parameter keeps its memory format
-            return torch.zeros_like(shard).unsqueeze(0)
-        return shard.new_zeros(rows, *shard.shape)
+    @property
+    def owner(self) -> int:
+        """The rank that owns the factors, where ranks share them."""
+        return self.units[0].owner or 0
 
     # ------------------------------------------------------------------------ state
 
@@ -206,9 +139,9 @@ class Stack:
                 fill(view, state[p][key])
             state[p][key] = view
             self._placed.append((p, key, view))
-        if self._starting and not self.skipped.is_meta:
+        if self.starting and not self.skipped.is_meta:
             has_started = (self.K[0].max_abs() != 0).tolist()
-            self._starting -= {row for row, has in enumerate(has_started) if has}
+            self.starting -= {row for row, has in enumerate(has_started) if has}
 
     def entries(self) -> Iterator[tuple[Tensor, str, Tensor, bool]]:
         """Yield parameter, key and tensor of all that the state holds for this stack.
@@ -238,182 +171,7 @@ class Stack:
             p in state and state[p].get(key) is view for p, key, view in self._placed
         )
 
-    # ------------------------------------------------------------------------- step
-
-    def runs(
-        self, settings: Sequence[Settings | None]
-    ) -> Iterator[tuple[slice, Settings]]:
-        """Yield runs of neighbouring rows that are treated alike.
-
-        Args:
-            settings: The settings of each parameter group; None: the unit rests.
-        """
-        start, of_row = 0, [settings[unit.group] for unit in self.units]
-        for row in self._starting:  # whatever T says: until then, nothing would move
-            shared = of_row[row]
-            of_row[row] = None if shared is None else shared._replace(due=True)
-        for stop in range(1, len(of_row) + 1):
-            current = of_row[start]
-            if stop == len(of_row) or of_row[stop] != current:
-                if current is not None:
-                    yield slice(start, stop), current
-                start = stop
-
-    def plan(
-        self,
-        settings: Sequence[Settings | None],
-        groups: Sequence[Mapping[str, Any]],
-    ) -> list[Task]:
-        """Return what a step does with the rows; all that is not arithmetic.
-
-        Args:
-            settings: The settings of each parameter group; None: the unit rests.
-            groups: The parameter groups.
-        """
-        self._products.look_for_writes()
-        tasks = []
-        for rows, shared in self.runs(settings):
-            interval = 1 if self._elementwise else shared.interval
-            products = self._products.for_once()
-            if self.held:
-                products = self._products.plan(rows, interval, due=shared.due)
-            lrs = []
-            if shared.lr is None:
-                lrs = [groups[unit.group]["lr"] for unit in self.units[rows]]
-            skipped = self.skipped[rows]
-            self._starting -= set(range(rows.start, rows.stop))
-            tasks.append(Task(self, rows, shared, products, lrs, skipped))
-        return tasks
-
-    def note_writes(self) -> None:
-        """Take what has been written into the factors as known."""
-        self._products.note_writes()
-
-    def take_step(self, task: Task, batch_size: int, workspace: Workspace) -> None:
-        """Update factors (if due), momenta and parameters of a run of rows."""
-        units = self.units[task.rows]
-        U, moves = self.learn(task, joint_gradients(units), batch_size, workspace)
-        for j, U_j in enumerate(U):
-            self.descend(task, j, shard_rows(U_j, units[0].params[j]), moves)
-
-    def learn(
-        self, task: Task, G: Tensor, batch_size: int, workspace: Workspace
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Update the factors of a run of rows (if due) and pre-condition.
-
-        Returns:
-            The pre-conditioned gradients of each of a unit's parameters,
-            ``[rows, *shape]``, and which rows may move (None: all).
-        """
-        _, rows, settings, products, _, skipped = task
-        moves: Tensor | None = None
-        if settings.due:
-            moves = self._update(rows, settings, G, batch_size, workspace)
-        variant = settings.variant
-        if variant.momentum_first and self.V is not None:
-            moves = _and_finite(moves, G)
-            self._accumulate(rows, moves, settings.alpha1)
-            V = joined(self.units[rows], self.whole_momenta(rows))
-            G = torch.add(G, V, alpha=settings.alpha1) if variant.nesterov else V
-        U = self.precondition(rows, G, products)
-        moves = _and_finite(moves, U)
-        if moves is not None:
-            skipped.add_(~moves)
-        U = limit_update(U, variant)
-        return _scattered(self.units[rows], U), moves
-
-    def descend(self, task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
-        """Move the j-th parameters of a run of rows, and their momentum.
-
-        Args:
-            task: What a step does with them.
-            j: The position of the parameters in their units.
-            U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is
-                distributed the shards on this rank; overwritten.
-            moves: Which rows move; None: all.
-        """
-        settings = task.settings
-        V = None
-        if self.V is not None and not settings.variant.momentum_first:
-            V = self.V[j][task.rows]
-        descend(
-            [local(unit.params[j]) for unit in self.units[task.rows]],
-            V,
-            U,
-            moves=moves,
-            lr=task.rate(U.device),
-            alpha1=settings.alpha1,
-            kappa=settings.kappa,
-            variant=settings.variant,
-        )
-
-    def _update(
-        self,
-        rows: slice,
-        settings: Settings,
-        G: Tensor,
-        batch_size: int,
-        workspace: Workspace,
-    ) -> Tensor | None:
-        """Update the factors of a run of rows; return which rows moved (None: all)."""
-        if settings.variant.initial_factors == "gradient":
-            start_factors(
-                self._part(self.K, rows), G, batch_size=batch_size, lam=settings.lam
-            )
-        update = partial(update_factors, workspace=workspace)
-        if self._elementwise:
-            update = elementwise.update_factors  # type: ignore[assignment]
-        return update(
-            self._part(self.K, rows),
-            None if self.m is None else self._part(self.m, rows),
-            G,
-            times=self.units[0].times,
-            batch_size=batch_size,
-            beta2=settings.beta2,
-            alpha2=settings.alpha2,
-            lam=settings.lam,
-        )
-
-    def _accumulate(self, rows: slice, moves: Tensor | None, alpha1: float) -> None:
-        """Add the gradients of a run of rows to their momentum."""
-        for j, V_j in enumerate(self.V or []):
-            params = [unit.params[j] for unit in self.units[rows]]
-            grads = [local_like(p.grad, p) for p in params]  # type: ignore[arg-type]
-            accumulate(V_j[rows], stacked(grads), alpha1=alpha1, moves=moves)
-
-    def whole_momenta(self, rows: slice) -> list[Tensor]:
-        """Return whole momenta of each of a unit's parameters, ``[rows, *shape]``.
-
-        Nothing if there are none, or they lie on another rank. Ranks communicate if
-        parameters are distributed.
-        """
-        units = self.units[rows]
-        return [
-            whole_rows([distributed_like(v, p) for v in V_j[rows].unbind(0)], p)
-            if is_dtensor(p)
-            else V_j[rows]
-            for V_j, p in zip(self.V or [], units[0].params, strict=False)
-            if len(V_j)
-        ]
-
-    def precondition(
-        self, rows: slice, G: Tensor, preparation: Preparation | None = None
-    ) -> Tensor:
-        """Return the pre-conditioned gradients ``[rows, *dims]`` of a run of rows.
-
-        Args:
-            rows: The rows.
-            G: Their gradients.
-            preparation: How the factors are prepared. Default: for this once.
-        """
-        if preparation is None:
-            preparation = self._products.for_once()
-        if self._elementwise:
-            factors = self._part(self.K, rows)
-            return elementwise.precondition(factors, G, forms=preparation.form)  # type: ignore[arg-type]
-        return precondition(self._products.get(rows, preparation), G)
-
-    def _part(
+    def part(
         self, matrices: list[StructuredMatrix], rows: slice
     ) -> list[StructuredMatrix]:
         """Return a run of rows of a matrix a axis; of all rows: the matrices."""
@@ -421,25 +179,9 @@ class Stack:
         return matrices if whole else [matrix[rows] for matrix in matrices]
 
 
-def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:
-    """Return a mask less the rows of X that are not finite; None: it holds for all."""
-    # one entry that is not finite makes the sum so
-    finite = finite_rows(X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype)))
-    return finite if moves is None else moves if finite is None else moves & finite
-
-
-def _scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
-    """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
-    shapes, rule = [p.shape for p in units[0].params], units[0].rule
-    if type(rule).ungroup is PerParameter.ungroup:
-        return [U.reshape(len(units), *shapes[0])]
-    rows = [rule.ungroup(row, shapes) for row in U.unbind(0)]
-    return [stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
-
-
 def stack_units(
     units: Iterable[Unit],
-    groups: Sequence[dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
     state: dict[Tensor, State],
     *,
     step: int,

@@ -11,14 +11,11 @@ import torch
 from torch import Size, Tensor
 from torch.nn import Parameter
 
-from sirfshampoo._config import (
-    check_parameter,
-    dtypes_of_axes,
-    own_numbers,
-    structures_of_axes,
-)
-from sirfshampoo._distributed import is_dtensor, whole_rows
-from sirfshampoo.combiner import PerParameter, PreconditionerGroup
+from sirfshampoo._config.arguments import check_parameter
+from sirfshampoo._config.axes import dtypes_of_axes, structures_of_axes
+from sirfshampoo._config.groups import own_numbers
+from sirfshampoo._distributed import whole_rows
+from sirfshampoo.combiner import PreconditionerGroup
 from sirfshampoo.structures import structure_class
 
 
@@ -88,34 +85,6 @@ class Unit:
                     "embedding layers with sparse=False."
                 )
         return complete and self.dims.numel() > 0
-
-
-def joint_gradients(units: Sequence[Unit]) -> Tensor:
-    """Return the joint gradients ``[rows, *dims]`` of units that are alike.
-
-    A rule sees whole gradients, wherever their shards lie.
-    """
-    first, group = units[0], units[0].rule.group
-    if not any(is_dtensor(p) for p in first.params):
-        return stacked([group([p.grad for p in unit.params]) for unit in units])  # type: ignore[misc]
-    wholes = [
-        whole_rows([unit.params[j].grad for unit in units], like)  # type: ignore[misc]
-        for j, like in enumerate(first.params)
-    ]
-    return joined(units, wholes)
-
-
-def joined(units: Sequence[Unit], wholes: Sequence[Tensor]) -> Tensor:
-    """Join whole gradients of each of a unit's parameters, ``[rows, *shape]`` each."""
-    rule = units[0].rule
-    if type(rule).group is PerParameter.group:
-        return wholes[0].reshape(len(units), *units[0].dims)
-    return stacked([rule.group(list(row)) for row in zip(*wholes, strict=True)])
-
-
-def stacked(tensors: list[Tensor]) -> Tensor:
-    """Stack tensors along a new first axis; a stack of one is a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 @torch.no_grad()

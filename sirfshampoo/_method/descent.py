@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,26 +12,21 @@ from sirfshampoo._method.rows import unless_all
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 
 
-class Variant(NamedTuple):
-    """Where a step departs from Figure 3; see the constructor of ``SIRFShampoo``."""
+def limit_update(U: Tensor, *, norm: float | None, rms: float | None) -> Tensor:
+    """Scale rows of U down to the longest that is allowed.
 
-    initial_factors: str = "identity"
-    momentum_first: bool = False
-    nesterov: bool = False
-    max_update_norm: float | None = None
-    max_update_rms: float | None = None
-    cautious_decay: bool = False
-
-
-def limit_update(U: Tensor, variant: Variant) -> Tensor:
-    """Scale rows of U, ``[rows, *dims]``, down to the longest that is allowed."""
-    norms = [variant.max_update_norm] if variant.max_update_norm is not None else []
-    if variant.max_update_rms is not None:
-        norms.append(variant.max_update_rms * sqrt(U.shape[1:].numel()))
-    if not norms:
+    Args:
+        U: The pre-conditioned gradients, ``[rows, *dims]``.
+        norm: The largest Frobenius norm of a row; None: no limit.
+        rms: The largest root mean square of its entries. If both are given, what stays
+            within one of them passes.
+    """
+    limits = [] if norm is None else [norm]
+    limits += [] if rms is None else [rms * sqrt(U.shape[1:].numel())]
+    if not limits:
         return U
     dtype = accumulation_dtype(U.dtype)
-    scale = max(norms) / torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
+    scale = max(limits) / torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
     if unless_all(scale >= 1) is None:
         return U
     return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)
@@ -63,7 +57,8 @@ def descend(
     lr: float | Tensor,
     alpha1: float,
     kappa: float,
-    variant: Variant,
+    nesterov: bool,
+    cautious: bool,
 ) -> None:
     """Update parameters and their momentum in place; overwrites U.
 
@@ -76,11 +71,12 @@ def descend(
         lr: Learning rate; a tensor ``[rows]`` has one value a row.
         alpha1: Momentum.
         kappa: Weight decay.
-        variant: Where the step departs from Figure 3.
+        nesterov: Whether to look ahead along the new momentum.
+        cautious: Whether to decay only the weights that U shrinks, too.
     """
     if kappa:
         decayed = list(W)
-        if variant.cautious_decay:
+        if cautious:
             # by a product: filling by a mask takes ten times as long on a CPU
             pairs = zip(U.unbind(0), W, strict=True)
             decayed = [(u * w).gt_(0).mul_(w) for u, w in pairs]
@@ -89,7 +85,7 @@ def descend(
         # V ← alpha1 · V + (U + kappa · W)
         # in two passes: one would round once, and not be torch.optim.SGD to the bit
         step = U if V is None else V.mul_(alpha1).add_(U)
-        if variant.nesterov and V is not None:
+        if nesterov and V is not None:
             step = U.add_(V, alpha=alpha1)
     else:
         # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
@@ -98,7 +94,7 @@ def descend(
         if V is not None:
             keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
             V.mul_(per_matrix(keep, V)).add_(U)
-            step = U.add(V, alpha=alpha1) if variant.nesterov else V
+            step = U.add(V, alpha=alpha1) if nesterov else V
             step = step.masked_fill(rests, 0.0)
     # W ← W − lr · V, or W − lr · (U + alpha1 · V)
     if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it

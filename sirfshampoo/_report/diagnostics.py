@@ -1,8 +1,7 @@
-"""What an optimizer tells of itself: numbers for a logger, warnings."""
+"""Diagnostics: numbers on every unit, for a logger."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import local
+from sirfshampoo._config.variant import Variant
+from sirfshampoo._engine.joint import joined, joint_gradients
+from sirfshampoo._engine.momenta import whole_momenta
 from sirfshampoo._engine.stacks import Stack
-from sirfshampoo._engine.units import Unit, joined, joint_gradients
-from sirfshampoo._method.descent import Variant, limit_update
+from sirfshampoo._engine.step import precondition_rows
+from sirfshampoo._method.descent import limit_update
 from sirfshampoo.structures.base import accumulation_dtype
-
-#: From here to the line of the user's that called `step`, through torch's wrapper.
-_TO_USER = 5
 
 
 def diagnostics(
@@ -66,7 +64,7 @@ def _of_direction(
     Each is empty if there is none, or it is not known on this rank.
     """
     unit, rows = stack.units[row], slice(row, row + 1)
-    momentum = stack.whole_momenta(rows)
+    momentum = whole_momenta([V_j[rows] for V_j in stack.V or []], [unit])
     V = joined([unit], momentum) if momentum else None
     G = None
     if (V is None or variant.nesterov) and unit.has_gradients():
@@ -75,7 +73,11 @@ def _of_direction(
         G, V = V if G is None else G + alpha1 * V, None
     if G is None or not stack.held:
         return ([] if V is None else momentum), momentum
-    U = limit_update(stack.precondition(rows, G), variant)
+    U = limit_update(
+        precondition_rows(stack, rows, G),
+        norm=variant.max_update_norm,
+        rms=variant.max_update_rms,
+    )
     return [U if V is None else U + alpha1 * V], momentum
 
 
@@ -107,54 +109,3 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     ]
     whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return whole
-
-
-def partly_missing_gradients(units: Sequence[Unit]) -> set[int]:
-    """Return the indices of the units of which some, but not all gradients are None."""
-    return {
-        unit.group
-        for unit in units
-        if len(unit.params) > 1 and len({p.grad is None for p in unit.params}) == 2
-    }
-
-
-def warn_of_missing_gradients(
-    units: Sequence[Unit], names: Sequence[Sequence[str]], indices: set[int]
-) -> None:
-    """Warn that units rest although some of their gradients are there."""
-    for i in sorted(indices):
-        pairs = zip(names[i], units[i].params, strict=True)
-        missing = [name for name, p in pairs if p.grad is None]
-        warnings.warn(
-            f"{missing} have no gradient, so all that share their pre-conditioner, "
-            f"{list(names[i])}, rest. Freeze parameters before the optimizer is "
-            "built, or leave them to PerParameter in 'combine_params'.",
-            stacklevel=_TO_USER,
-        )
-
-
-def warn_of_callable_interval(names: Sequence[str]) -> None:
-    """Warn that `spread_updates` does nothing for parameters."""
-    warnings.warn(
-        "spread_updates=True has no effect on groups with a callable 'T', which says "
-        f"itself when to update: {list(names)}. Use an integer to have them spread.",
-        stacklevel=_TO_USER,
-    )
-
-
-def warn_of_non_finite_gradients(
-    units: Sequence[Unit], names: Sequence[Sequence[str]]
-) -> None:
-    """Warn of gradients that are not finite; their units rest."""
-    sick = [
-        name
-        for unit in units
-        for name, p in zip(names[unit.group], unit.params, strict=True)
-        if p.grad is not None and not bool(local(p.grad).isfinite().all())
-    ]
-    if sick:
-        warnings.warn(
-            f"The gradients of {sick} are not finite: their pre-conditioners rest in "
-            "this step.",
-            stacklevel=_TO_USER,
-        )

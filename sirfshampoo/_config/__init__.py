@@ -1,0 +1,1 @@
+"""The door: reads what the user wrote, and refuses what is wrong."""

@@ -1,0 +1,79 @@
+"""Arguments that are no options: a model, parameters, a batch size, rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from sirfshampoo._config.axes import SUPPORTED_DTYPES
+from sirfshampoo._config.checks import (
+    check_fractions,
+    check_non_negative,
+    check_positive,
+)
+from sirfshampoo.combiner import PreconditionerGroup
+
+
+def check_model(model: Any, params: Any) -> None:
+    """Check the constructor's `model` and `params`."""
+    if isinstance(model, Module):
+        return
+    if isinstance(model, Tensor) or not isinstance(model, Iterable):
+        raise ValueError(
+            "Argument 'model' must be a torch.nn.Module, or parameters in its place, "
+            f"got {type(model).__name__}."
+        )
+    if params is not None:
+        raise ValueError(
+            "Argument 'params' must be None if parameters stand in the place of "
+            f"'model', got {type(params).__name__}."
+        )
+
+
+def check_batch_size(batch_size: Any, model: Any) -> None:
+    """Check the constructor's `batch_size`."""
+    positive = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not (positive and batch_size > 0) and not callable(batch_size):
+        raise ValueError(
+            "Argument 'batch_size' must be an integer > 0 or a callable from the "
+            f"model's inputs to one, got {batch_size!r}."
+        )
+    if callable(batch_size) and not isinstance(model, Module):
+        raise ValueError(
+            "Argument 'batch_size' must be an integer > 0 if parameters stand in the "
+            "place of 'model': there are no forward passes to count examples in. Got "
+            f"{batch_size!r}."
+        )
+
+
+def check_adamw(*, lr: Any, betas: Any, weight_decay: Any) -> None:
+    """Check what one gives AdamW."""
+    check_positive("lr", lr)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Argument 'betas' must be two numbers, got {betas!r}.")
+    for beta in betas:
+        check_fractions("betas", beta)
+    if weight_decay is not None:
+        check_non_negative("weight_decay", weight_decay)
+
+
+def check_rule(rule: PreconditionerGroup) -> None:
+    """Check that a rule can do without a model."""
+    if rule.NEEDS_MODEL:
+        raise ValueError(
+            "Argument 'combine_params' must hold rules that need no model, such as "
+            "PerParameter, if parameters stand in the place of 'model', got "
+            f"{type(rule).__name__}."
+        )
+
+
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Check that a parameter is of a type that can be trained."""
+    if parameter.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"Argument 'params' must hold parameters of types "
+            f"{list(SUPPORTED_DTYPES)}, got {parameter.dtype} for {name!r}."
+        )

@@ -1,0 +1,98 @@
+"""What is given for each axis of a tensor: structures and types of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sirfshampoo.structures import structure_class
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_structure(argument: str, name: Any) -> None:
+    """Check the name of a structure."""
+    if not isinstance(name, str):
+        raise ValueError(f"Argument '{argument}' must name structures, got {name!r}.")
+    try:
+        structure_class(name)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument '{argument}' must name supported structures. {error}"
+        ) from None
+
+
+def _check_entry(argument: str, entry: Any) -> None:
+    """Check what stands for one axis in `structures` or `preconditioner_dtypes`."""
+    if argument == "structures":
+        check_structure(argument, entry)
+    elif entry is not None and entry not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"Argument 'preconditioner_dtypes' must hold None or one of "
+            f"{list(SUPPORTED_DTYPES)}, got {entry!r}."
+        )
+
+
+def check_axes(argument: str, value: Any) -> None:
+    """Check a specification by axis count and axis, before it meets a tensor."""
+    by_count = value if isinstance(value, Mapping) else {None: value}
+    for count, entries in by_count.items():
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
+            raise ValueError(
+                f"Argument '{argument}' must map numbers of axes (integers > 0) to "
+                f"entries, got the key {count!r}."
+            )
+        if not isinstance(entries, (tuple, list)):
+            entries = (entries,)
+        elif count is not None and len(entries) != count:
+            raise ValueError(
+                f"Argument '{argument}' must have {count} entries for tensors with "
+                f"{count} axes, got {entries!r}."
+            )
+        for entry in entries:
+            _check_entry(argument, entry)
+
+
+def _of_axes(argument: str, specification: Any, ndim: int) -> tuple[Any, ...]:
+    """Return the entry of each axis of a tensor with `ndim` axes."""
+    entries = specification
+    if isinstance(specification, Mapping):
+        if ndim not in specification:
+            raise ValueError(
+                f"Argument '{argument}' must have an entry for tensors with {ndim} "
+                f"axes, got {specification!r}."
+            )
+        entries = specification[ndim]
+    if not isinstance(entries, (tuple, list)):
+        return (entries,) * ndim
+    if len(entries) != ndim:
+        raise ValueError(
+            f"Argument '{argument}' must have {ndim} entries for a tensor with {ndim} "
+            f"axes, got {entries!r}."
+        )
+    return tuple(entries)
+
+
+def structures_of_axes(specification: Any, ndim: int) -> tuple[str, ...]:
+    """Return the structure of each axis of a tensor with `ndim` axes.
+
+    Raises:
+        ValueError: If the specification does not say it.
+    """
+    return _of_axes("structures", specification, ndim)
+
+
+def dtypes_of_axes(
+    specification: Any, ndim: int, default: torch.dtype
+) -> tuple[torch.dtype, ...]:
+    """Return the factors' type for each axis of a tensor with `ndim` axes.
+
+    Raises:
+        ValueError: If the specification does not say it.
+    """
+    entries = _of_axes("preconditioner_dtypes", specification, ndim)
+    return tuple(default if entry is None else entry for entry in entries)

@@ -1,0 +1,139 @@
+"""The options of a parameter group: the documented ones, and what others call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sirfshampoo._config.axes import check_axes
+from sirfshampoo._config.checks import (
+    Check,
+    check_fraction,
+    check_non_negative,
+)
+from sirfshampoo._config.variant import Variant
+from sirfshampoo.combiner import PreconditionerGroup
+
+#: What other optimizers call things, and what to write here.
+_FOREIGN = {
+    "momentum": "'alpha1'",
+    "betas": "'alpha1' for the momentum, 'beta2' for the factors' learning rate",
+    "eps": "'lam'",
+    "damping": "'lam'",
+}
+
+#: Arguments of the constructor that hold for all parameters.
+_OF_ALL = {
+    "batch_size",
+    "verbose_init",
+    "process_group",
+    "shard_preconditioners",
+    *Variant.names(),
+}
+
+
+def _check_T(argument: str, value: Any) -> None:
+    positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not positive and not callable(value):
+        raise ValueError(
+            f"Argument '{argument}' must be an integer > 0 or a callable from the step "
+            f"to a boolean, got {value!r}."
+        )
+
+
+def _check_rules(argument: str, value: Any) -> None:
+    rules = value if isinstance(value, (tuple, list)) and value else (None,)
+    for rule in rules:
+        if not isinstance(rule, PreconditionerGroup):
+            raise ValueError(
+                f"Argument '{argument}' must be a non-empty tuple of instances of "
+                f"PreconditionerGroup, got {value!r}."
+            )
+
+
+_CHECKS: dict[str, Check] = {
+    "lr": check_non_negative,
+    "beta2": check_non_negative,
+    "alpha1": check_fraction,
+    "alpha2": check_fraction,
+    "lam": check_non_negative,
+    "kappa": check_non_negative,
+    "T": _check_T,
+    "structures": check_axes,
+    "preconditioner_dtypes": check_axes,
+    "combine_params": _check_rules,
+}
+
+#: The options of a parameter group.
+OPTIONS = tuple(_CHECKS)
+
+#: What schedulers that cycle the momentum call ``alpha1``.
+CYCLED_MOMENTUM = "momentum"
+
+#: The options that are numbers; of these, the learning rate may stay a tensor.
+_NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
+
+
+def own_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of a group's numbers that are tensors, for a group of its own.
+
+    A scheduler writes into ``lr``, which hence stays a tensor; others become numbers,
+    since a step cannot read them without waiting for their device.
+    """
+    numbers = plain_numbers(group)
+    if "lr" in numbers:
+        numbers["lr"] = group["lr"].detach().clone().reshape(())
+    return numbers
+
+
+def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a group's numbers that are tensors as numbers."""
+    tensors = {n: group[n] for n in _NUMBERS if isinstance(group.get(n), Tensor)}
+    return {name: tensor.item() for name, tensor in tensors.items()}
+
+
+def adopt_cycled_momentum(group: dict[str, Any]) -> None:
+    """Set a group's ``alpha1`` to what a scheduler has put beside it."""
+    if CYCLED_MOMENTUM in group:
+        group["alpha1"] = float(group[CYCLED_MOMENTUM])
+
+
+def with_kappa(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options with ``weight_decay``, torch's name, as ``kappa``.
+
+    Raises:
+        ValueError: If both are there and differ.
+    """
+    named = dict(options)
+    if "weight_decay" in named:
+        decay = named.pop("weight_decay")
+        if named.setdefault("kappa", decay) != decay:
+            raise ValueError(
+                "Argument 'weight_decay' is another name of 'kappa' and must not "
+                f"differ from it, got {decay!r} and {named['kappa']!r}."
+            )
+    return named
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the options of a parameter group; those not of this package are ignored.
+
+    Raises:
+        ValueError: If a value is wrong, or if an option is given that would have no
+            effect, as it is another optimizer's or one for all parameters.
+    """
+    for name, value in options.items():
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
+        elif name in _FOREIGN:
+            raise ValueError(
+                f"Argument '{name}' is not an option of SIRFShampoo: use "
+                f"{_FOREIGN[name]} in its place. Got {value!r}."
+            )
+        elif name in _OF_ALL:
+            raise ValueError(
+                f"Argument '{name}' holds for all parameters: give it to the "
+                f"constructor, not to a group. Got {value!r}."
+            )

@@ -1,0 +1,43 @@
+"""The options that hold for all parameters, as one thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sirfshampoo._config.checks import Check, check_flag, check_limit, one_of
+
+
+def _option(default: Any, check: Check) -> Any:
+    """Return a field with a default and the check of its values."""
+    return field(default=default, metadata={"check": check})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Where an optimizer departs from Figure 3; see the constructor's arguments.
+
+    A new option is a field here, and an argument of the constructor with its text.
+
+    Raises:
+        ValueError: If a value is wrong.
+    """
+
+    spread_updates: bool = _option(False, check_flag)
+    initial_factors: str = _option("identity", one_of("identity", "gradient"))
+    exponent: float = _option(1.0, one_of(0.5, 0.75, 1.0))
+    momentum_first: bool = _option(False, check_flag)
+    nesterov: bool = _option(False, check_flag)
+    max_update_norm: float | None = _option(None, check_limit)
+    max_update_rms: float | None = _option(None, check_limit)
+    cautious_decay: bool = _option(False, check_flag)
+
+    def __post_init__(self) -> None:
+        """Check all values."""
+        for option in fields(self):
+            option.metadata["check"](option.name, getattr(self, option.name))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of the options."""
+        return tuple(option.name for option in fields(cls))

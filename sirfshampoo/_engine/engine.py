@@ -1,0 +1,200 @@
+"""The engine: the units of an optimizer, stacked, and what a step does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sirfshampoo._config.variant import Variant
+from sirfshampoo._distributed import Ranks, is_dtensor
+from sirfshampoo._engine.owners import Owners
+from sirfshampoo._engine.plan import Settings, Task, plan_stack
+from sirfshampoo._engine.relay import Relay
+from sirfshampoo._engine.spread import Phases
+from sirfshampoo._engine.stacks import Stack, State, stack_units
+from sirfshampoo._engine.step import Everywhere, Route
+from sirfshampoo._engine.units import Unit
+from sirfshampoo._method.factors import Workspace
+from sirfshampoo.structures import StructuredMatrix
+
+Group = Mapping[str, Any]
+
+
+class Engine:
+    """Plans the steps of an optimizer.
+
+    Parameter groups, state and global step are the optimizer's, and are told anew in
+    each call; what is kept here follows from them.
+
+    Attributes:
+        variant: The options that hold for all parameters.
+        ranks: The ranks that see other examples.
+        owners: Which rank holds which pre-conditioner; None: each rank holds all.
+        units: The units, one a parameter group.
+        workspace: Memory for what is needed within a step.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        ranks: Ranks,
+        owners: Owners | None,
+        *,
+        allocates: bool = True,
+    ) -> None:
+        """Have no units at first.
+
+        Args:
+            variant: The options that hold for all parameters.
+            ranks: The ranks that see other examples.
+            owners: Which rank holds which pre-conditioner.
+            allocates: Whether to stack units, which takes memory.
+        """
+        self.variant, self.ranks, self.owners = variant, ranks, owners
+        self.units: list[Unit] = []
+        self.workspace = Workspace()
+        self._allocates = allocates
+        self._stacks: list[Stack] | None = None
+        self._phases = Phases()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; stacks are rebuilt from the state."""
+        return {**vars(self), "_stacks": None, "workspace": Workspace()}
+
+    def holds(self, unit: Unit) -> bool:
+        """Return whether this rank holds the factors of a unit."""
+        return self.owners is None or unit.owner == self.owners.rank
+
+    def with_owners(
+        self, units: list[Unit], groups: Sequence[Group], names: Sequence[str]
+    ) -> list[Unit]:
+        """Return new units with owners, if ranks share pre-conditioners.
+
+        Args:
+            units: The units.
+            groups: The parameter groups of all units.
+            names: The names of their parameters.
+
+        Raises:
+            ValueError: If they cannot be shared.
+        """
+        if self.owners is None:
+            return units
+        distributed = any(is_dtensor(p) for unit in units for p in unit.params)
+        if self.variant.momentum_first and distributed:
+            raise ValueError(
+                "Argument 'momentum_first' must be False where parameters and "
+                f"pre-conditioners are sharded, got True for {list(names)}."
+            )
+        return self.owners.assign(units, groups, self.units)
+
+    # ----------------------------------------------------------------------- stacks
+
+    def restack(
+        self, groups: Sequence[Group], state: dict[Tensor, State], step: int
+    ) -> list[Stack]:
+        """Build the stacks from the state."""
+        self.ranks.depend(
+            (p for unit in self.units for p in unit.params),
+            None if self.owners is None else self.owners.exchange,
+        )
+        self._stacks = []
+        if self._allocates:
+            phases = self.phases(groups)
+            self._stacks = stack_units(
+                # rows that are updated in the same steps are neighbours
+                sorted(self.units, key=lambda unit: phases[unit.group]),
+                groups,
+                state,
+                step=step,
+                rank=None if self.owners is None else self.owners.rank,
+                initial_factors=self.variant.initial_factors,
+            )
+        return self._stacks
+
+    def stacks(
+        self, groups: Sequence[Group], state: dict[Tensor, State], step: int
+    ) -> list[Stack]:
+        """Return the stacks, rebuilt if the state or a momentum asks for it."""
+        known = self._stacks
+        if known is None or not all(stack.is_current(state, groups) for stack in known):
+            return self.restack(groups, state, step)
+        return known
+
+    def count(self, steps: int) -> None:
+        """Add steps to the counters in the state."""
+        for stack in self._stacks or []:
+            stack.step.add_(steps)
+
+    def factors(self, stacks: Sequence[Stack]) -> list[list[StructuredMatrix]]:
+        """Return the factors of each unit, as views; none of what lies elsewhere."""
+        found: list[list[StructuredMatrix]] = [[] for _ in self.units]
+        for stack in stacks:
+            for row, unit in enumerate(stack.units if stack.held else ()):
+                found[unit.group] = [K_n[row] for K_n in stack.K]
+        return found
+
+    def momenta(self, stacks: Sequence[Stack]) -> list[list[StructuredMatrix | None]]:
+        """Return the momenta of each unit's factors, as views; None without any."""
+        found: list[list[StructuredMatrix | None]] = [[] for _ in self.units]
+        for stack in stacks:
+            for row, unit in enumerate(stack.units if stack.held else ()):
+                found[unit.group] = [
+                    None if stack.m is None else stack.m[n][row]
+                    for n in range(len(stack.K))
+                ]
+        return found
+
+    # ------------------------------------------------------------------------- step
+
+    def phases(self, groups: Sequence[Group]) -> list[int]:
+        """Return, a group, in which step of its period its factors are updated."""
+        if not self.variant.spread_updates:
+            return [0] * len(groups)
+        return self._phases.of(self.units, groups)
+
+    def _due(self, groups: Sequence[Group], step: int) -> list[bool]:
+        """Return, a group, whether its factors are to be updated."""
+        return [
+            bool(T(step)) if callable(T) else step % T == phase
+            for T, phase in zip(
+                [group["T"] for group in groups], self.phases(groups), strict=True
+            )
+        ]
+
+    def plan(
+        self,
+        groups: Sequence[Group],
+        state: dict[Tensor, State],
+        step: int,
+        present: Sequence[bool],
+    ) -> list[Task]:
+        """Return what a step does.
+
+        Args:
+            groups: The parameter groups.
+            state: The optimizer's state.
+            step: The global step.
+            present: Whether each unit has gradients, on every rank.
+        """
+        settings = [
+            Settings.of_group(group, due=due, variant=self.variant)
+            if has_gradients
+            else None
+            for group, due, has_gradients in zip(
+                groups, self._due(groups, step), present, strict=True
+            )
+        ]
+        stacks = self.stacks(groups, state, step)
+        return [task for s in stacks for task in plan_stack(s, settings, groups)]
+
+    def route(self) -> Route:
+        """Return how a step's gradients come to where they are pre-conditioned."""
+        return Everywhere() if self.owners is None else Relay(self.owners.exchange)
+
+    def close(self) -> None:
+        """Take what a step has written into the factors as known."""
+        for stack in self._stacks or []:
+            stack.products.note_writes()

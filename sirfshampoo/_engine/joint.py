@@ -1,0 +1,49 @@
+"""Joint tensors: what a rule makes of a unit's parameters, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._distributed import is_dtensor, whole_rows
+from sirfshampoo._engine.units import Unit
+from sirfshampoo.combiner import PerParameter
+
+
+def joint_gradients(units: Sequence[Unit]) -> Tensor:
+    """Return the joint gradients ``[rows, *dims]`` of units that are alike.
+
+    A rule sees whole gradients, wherever their shards lie.
+    """
+    first, group = units[0], units[0].rule.group
+    if not any(is_dtensor(p) for p in first.params):
+        return stacked([group([p.grad for p in unit.params]) for unit in units])  # type: ignore[misc]
+    wholes = [
+        whole_rows([unit.params[j].grad for unit in units], like)  # type: ignore[misc]
+        for j, like in enumerate(first.params)
+    ]
+    return joined(units, wholes)
+
+
+def joined(units: Sequence[Unit], wholes: Sequence[Tensor]) -> Tensor:
+    """Join whole gradients of each of a unit's parameters, ``[rows, *shape]`` each."""
+    rule = units[0].rule
+    if type(rule).group is PerParameter.group:
+        return wholes[0].reshape(len(units), *units[0].dims)
+    return stacked([rule.group(list(row)) for row in zip(*wholes, strict=True)])
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """Stack tensors along a new first axis; a stack of one is a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
+    """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
+    shapes, rule = [p.shape for p in units[0].params], units[0].rule
+    if type(rule).ungroup is PerParameter.ungroup:
+        return [U.reshape(len(units), *shapes[0])]
+    rows = [rule.ungroup(row, shapes) for row in U.unbind(0)]
+    return [stacked(list(pieces)) for pieces in zip(*rows, strict=True)]

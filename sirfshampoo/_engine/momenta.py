@@ -1,0 +1,76 @@
+"""The momenta V of parameters: one tensor ``[rows, *shape]`` for each of a unit's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._distributed import (
+    distributed_like,
+    is_dtensor,
+    local,
+    local_like,
+    whole_rows,
+)
+from sirfshampoo._engine.joint import stacked
+from sirfshampoo._engine.units import Unit
+from sirfshampoo._method.descent import accumulate
+
+
+def zero_momenta(units: Sequence[Unit], *, held: bool) -> list[Tensor]:
+    """Return momenta of zeros for units that are alike.
+
+    Args:
+        units: The units, one a row.
+        held: Whether their factors lie on this rank. If not, momenta of whole
+            parameters have no rows; shards of a momentum lie with their parameter's.
+    """
+    momenta = []
+    for p in units[0].params:
+        shard = local(p.detach())
+        rows = len(units) if held or is_dtensor(p) else 0
+        momenta.append(
+            # one parameter keeps its memory format
+            torch.zeros_like(shard).unsqueeze(0)
+            if rows == 1
+            else shard.new_zeros(rows, *shard.shape)
+        )
+    return momenta
+
+
+def add_gradients(
+    V: Sequence[Tensor], units: Sequence[Unit], *, alpha1: float, moves: Tensor | None
+) -> None:
+    """Update momenta of gradients in place: V ← alpha1 · V + G.
+
+    Args:
+        V: The momenta, ``[rows, *local shape]`` each.
+        units: The units of these rows.
+        alpha1: Momentum.
+        moves: Which rows move; None: all.
+    """
+    for j, V_j in enumerate(V):
+        params = [unit.params[j] for unit in units]
+        grads = [local_like(p.grad, p) for p in params]  # type: ignore[arg-type]
+        accumulate(V_j, stacked(grads), alpha1=alpha1, moves=moves)
+
+
+def whole_momenta(V: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
+    """Return whole momenta of each of a unit's parameters, ``[rows, *shape]``.
+
+    Nothing of what lies on another rank. Ranks communicate if parameters are
+    distributed.
+
+    Args:
+        V: The momenta, ``[rows, *local shape]`` each; none if there are none.
+        units: The units of these rows.
+    """
+    return [
+        whole_rows([distributed_like(v, p) for v in V_j.unbind(0)], p)
+        if is_dtensor(p)
+        else V_j
+        for V_j, p in zip(V, units[0].params, strict=False)
+        if len(V_j)
+    ]

@@ -1,0 +1,142 @@
+"""A step of ranks that share pre-conditioners: rounds of sending, learning, sending."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
+
+from torch import Tensor
+
+from sirfshampoo._distributed import Exchange, is_dtensor
+from sirfshampoo._engine.joint import joined, stacked
+from sirfshampoo._engine.plan import Task
+from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._engine.step import descend_rows
+from sirfshampoo._method.rows import unless_all
+from sirfshampoo.structures.base import per_matrix
+
+
+class Relay:
+    """The route of a step whose pre-conditioners lie on one rank each.
+
+    Every rank walks through the same rounds. In a round, each rank treats one stack of
+    those that it owns: shards of gradients come to the owners, which learn the factors
+    and pre-condition; then whole parameters go from their owners to all ranks, and of
+    sharded ones, the pre-conditioned gradients go to where the shards are. Gradients of
+    the next round and results of the last are on their way while a round is computed.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        """Take one step over an exchange between ranks."""
+        self._exchange = exchange
+        # of the round that is computed: whole gradients of sharded parameters, in the
+        # order of tasks and of parameters in their units; and what became of them
+        self._gradients: Iterator[Tensor] = iter(())
+        self._results: list[Tensor] = []
+
+    def in_turn(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """Yield the tasks of this rank; ranks communicate before and after each."""
+        planned = _rounds_of(tasks)
+        arriving = self._send_gradients(planned[0]) if planned else None
+        finish: Callable[[], None] | None = None
+        for i, of_round in enumerate(planned):
+            self._gradients = iter(arriving() if arriving else [])
+            arriving = None
+            if i + 1 < len(planned):
+                arriving = self._send_gradients(planned[i + 1])
+            self._results = []
+            yield from (task for task in of_round if task.stack.held)
+            sent = self._send_results(of_round)
+            if finish is not None:
+                finish()
+            finish = sent
+        if finish is not None:
+            finish()
+
+    def gather(self, task: Task) -> Tensor:
+        """Return the gradients of a task."""
+        wholes = [
+            next(self._gradients)
+            if is_dtensor(first)
+            else stacked([unit.params[j].grad for unit in task.units])  # type: ignore[misc]
+            for j, first in enumerate(task.units[0].params)
+        ]
+        return joined(task.units, wholes)
+
+    def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
+        """Have whole parameters descend; keep what is for shards until it is sent."""
+        for j, U_j in enumerate(U):
+            if not is_dtensor(task.units[0].params[j]):
+                descend_rows(task, j, U_j, moves)
+                continue
+            if moves is not None:  # where shards are, this tells to rest
+                U_j.masked_fill_(per_matrix(~moves, U_j), float("nan"))
+            self._results.append(U_j)
+
+    def _send_gradients(self, tasks: Sequence[Task]) -> Callable[[], list[Tensor]]:
+        """Bring shards of gradients together; return what waits for those it owns."""
+        return self._exchange.to_owners(_sharded(tasks))
+
+    def _send_results(self, tasks: Sequence[Task]) -> Callable[[], None]:
+        """Send what was computed to all ranks; return what waits and takes it over."""
+        shards = self._exchange.from_owners(_sharded(tasks), self._results)
+        moved = [
+            (task.stack.owner, p)
+            for task in tasks
+            for _, params in _params(task, distributed=False)
+            for p in params
+        ]
+        take_over = self._exchange.broadcast(moved)
+
+        def finish() -> None:
+            take_over()
+            arrived = iter(shards())
+            for task in tasks:
+                for j, _ in _params(task, distributed=True):
+                    U = next(arrived)
+                    moves = unless_all(U.flatten(1).isfinite().all(1))
+                    descend_rows(task, j, U, moves)
+
+        return finish
+
+
+def _params(task: Task, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield the position and the parameters of all rows there."""
+    for j, first in enumerate(task.units[0].params):
+        if is_dtensor(first) == distributed:
+            yield j, [unit.params[j] for unit in task.units]
+
+
+def _sharded(tasks: Iterable[Task]) -> list[tuple[int, list[Tensor]]]:
+    """Return owners, each with sharded parameters of equal shape."""
+    return [
+        (task.stack.owner, params)
+        for task in tasks
+        for _, params in _params(task, distributed=True)
+    ]
+
+
+def _rounds_of(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Return what is done in each round."""
+    of_stack: dict[Stack, list[Task]] = defaultdict(list)
+    for task in tasks:
+        of_stack[task.stack].append(task)
+    return [
+        [task for stack in of_round for task in of_stack[stack]]
+        for of_round in rounds(of_stack)
+    ]
+
+
+def rounds(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
+    """Yield one stack of each owner at a time, the largest first."""
+    of_owner: dict[int, list[Stack]] = defaultdict(list)
+    for stack in stacks:
+        of_owner[stack.owner].append(stack)
+
+    def size(stack: Stack) -> int:
+        return len(stack.units) * stack.units[0].dims.numel()
+
+    ordered = [sorted(s, key=size, reverse=True) for s in of_owner.values()]
+    for of_round in zip_longest(*ordered):
+        yield [stack for stack in of_round if stack is not None]

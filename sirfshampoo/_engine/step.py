@@ -1,0 +1,176 @@
+"""One step, from gradients to parameters: arithmetic alone, all is decided before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sirfshampoo._distributed import local, shard_rows
+from sirfshampoo._engine.joint import joined, joint_gradients, scattered
+from sirfshampoo._engine.kept import Preparation
+from sirfshampoo._engine.momenta import add_gradients, whole_momenta
+from sirfshampoo._engine.plan import Task
+from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._method import elementwise
+from sirfshampoo._method.descent import descend, limit_update
+from sirfshampoo._method.factors import Workspace, start_factors, update_factors
+from sirfshampoo._method.preconditioner import precondition
+from sirfshampoo._method.rows import finite_rows
+from sirfshampoo.structures.base import accumulation_dtype
+
+
+class Route(Protocol):
+    """How gradients come to where they are pre-conditioned, and updates from there."""
+
+    def in_turn(self, tasks: Sequence[Task]) -> Iterable[Task]:
+        """Yield the tasks of this rank."""
+
+    def gather(self, task: Task) -> Tensor:
+        """Return the gradients of a task, whole and joined, ``[rows, *dims]``."""
+
+    def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
+        """Have parameters descend, wherever they lie.
+
+        Args:
+            task: A task of this rank.
+            U: The pre-conditioned gradients of each of a unit's parameters, whole,
+                ``[rows, *shape]``.
+            moves: Which rows move; None: all.
+        """
+
+
+def take_steps(
+    tasks: Sequence[Task], batch_size: int, workspace: Workspace, route: Route
+) -> None:
+    """Do what is planned.
+
+    Args:
+        tasks: What a step does with the stacks.
+        batch_size: The number of examples that the gradients average over.
+        workspace: Memory for what is needed within the call.
+        route: Between the parameters and where their factors lie.
+    """
+    for task in route.in_turn(tasks):
+        settings, variant = task.settings, task.settings.variant
+        G = route.gather(task)
+        moves: Tensor | None = None  # which rows do; None: all
+        if settings.due:
+            moves = _update_factors(task, G, batch_size, workspace)
+        if variant.momentum_first and task.stack.V is not None:
+            moves = _and_finite(moves, G)
+            G = _average_gradients(task, G, moves)
+        U = precondition_rows(task.stack, task.rows, G, task.preparation)
+        moves = _and_finite(moves, U)
+        if moves is not None:
+            task.skipped.add_(~moves)
+        U = limit_update(U, norm=variant.max_update_norm, rms=variant.max_update_rms)
+        route.deliver(task, scattered(task.units, U), moves)
+
+
+def _update_factors(
+    task: Task, G: Tensor, batch_size: int, workspace: Workspace
+) -> Tensor | None:
+    """Update the factors of a task; return which rows moved (None: all)."""
+    settings = task.settings
+    if settings.variant.initial_factors == "gradient":
+        start_factors(task.K, G, batch_size=batch_size, lam=settings.lam)
+    update = partial(update_factors, workspace=workspace)
+    if task.stack.elementwise:
+        update = elementwise.update_factors  # type: ignore[assignment]
+    return update(
+        task.K,
+        task.m,
+        G,
+        times=task.units[0].times,
+        batch_size=batch_size,
+        beta2=settings.beta2,
+        alpha2=settings.alpha2,
+        lam=settings.lam,
+    )
+
+
+def _average_gradients(task: Task, G: Tensor, moves: Tensor | None) -> Tensor:
+    """Update the momentum of a task's gradients; return what is pre-conditioned."""
+    units, V, alpha1 = task.units, task.V, task.settings.alpha1
+    add_gradients(V, units, alpha1=alpha1, moves=moves)
+    average = joined(units, whole_momenta(V, units))
+    if task.settings.variant.nesterov:
+        return torch.add(G, average, alpha=alpha1)
+    return average
+
+
+def precondition_rows(
+    stack: Stack, rows: slice, G: Tensor, preparation: Preparation | None = None
+) -> Tensor:
+    """Return the pre-conditioned gradients ``[rows, *dims]`` of a run of rows.
+
+    Args:
+        stack: The stack.
+        rows: The rows.
+        G: Their gradients.
+        preparation: How the factors are prepared. Default: for this once.
+    """
+    if preparation is None:
+        preparation = stack.products.for_once()
+    if stack.elementwise:
+        K = stack.part(stack.K, rows)
+        return elementwise.precondition(K, G, forms=preparation.form)  # type: ignore[arg-type]
+    return precondition(stack.products.get(rows, preparation), G)
+
+
+def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
+    """Move the j-th parameters of a task's units, and their momentum.
+
+    Args:
+        task: What a step does with them.
+        j: The position of the parameters in their units.
+        U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is distributed
+            the shards on this rank; overwritten.
+        moves: Which rows move; None: all.
+    """
+    settings, variant = task.settings, task.settings.variant
+    V = None
+    if task.stack.V is not None and not variant.momentum_first:
+        V = task.stack.V[j][task.rows]
+    descend(
+        [local(unit.params[j]) for unit in task.units],
+        V,
+        U,
+        moves=moves,
+        lr=task.rate(U.device),
+        alpha1=settings.alpha1,
+        kappa=settings.kappa,
+        nesterov=variant.nesterov,
+        cautious=variant.cautious_decay,
+    )
+
+
+class Everywhere:
+    """Every rank pre-conditions all: gradients are gathered, updates cut into shards.
+
+    Where nothing is distributed, both are views.
+    """
+
+    def in_turn(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Return all tasks."""
+        return tasks
+
+    def gather(self, task: Task) -> Tensor:
+        """Return the gradients of a task."""
+        return joint_gradients(task.units)
+
+    def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
+        """Have the parameters on this rank descend."""
+        for j, U_j in enumerate(U):
+            descend_rows(task, j, shard_rows(U_j, task.units[0].params[j]), moves)
+
+
+def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:
+    """Return a mask less the rows of X that are not finite; None: it holds for all."""
+    # one entry that is not finite makes the sum so
+    finite = finite_rows(X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype)))
+    return finite if moves is None else moves if finite is None else moves & finite
