@@ -88,17 +88,37 @@ def units(optimizer: SIRFShampoo, net: nn.Module) -> list[tuple[str, list[str]]]
     ]
 
 
-def test_rules_are_tried_in_order_and_groups_follow_the_parameters() -> None:
+def test_rules_are_tried_in_order_and_groups_follow_the_rules() -> None:
     net = Net()
     assert units(SIRFShampoo(net, combine_params=ALL), net) == [
-        ("FlattenEmbedding", ["embed.weight"]),
         ("LinearWeightBias", ["hidden.weight", "hidden.bias"]),
+        ("FlattenEmbedding", ["embed.weight"]),
         ("PerParameter", ["plain.weight"]),
         ("PerParameter", ["norm.weight"]),
         ("PerParameter", ["norm.bias"]),
     ]
     first = SIRFShampoo(net, combine_params=(PerParameter(), *ALL))
     assert {rule for rule, _ in units(first, net)} == {"PerParameter"}
+
+
+def test_joint_units_come_before_single_ones_in_the_groups() -> None:
+    net = nn.Sequential(
+        nn.Linear(3, 4),
+        nn.Sequential(nn.Linear(4, 4, bias=False)),
+        nn.Linear(4, 2),
+    )
+    optimizer = SIRFShampoo(net, combine_params=(LinearWeightBias(), PerParameter()))
+    assert units(optimizer, net) == [
+        ("LinearWeightBias", ["0.weight", "0.bias"]),
+        ("LinearWeightBias", ["2.weight", "2.bias"]),
+        ("PerParameter", ["1.0.weight"]),
+    ]
+
+
+def test_groups_of_a_rule_follow_what_it_identifies() -> None:
+    net = Net()
+    backwards = list(net.parameters())[::-1]
+    assert units(SIRFShampoo(net, backwards), net) == units(SIRFShampoo(net), net)
 
 
 def test_default_treats_each_parameter_alone() -> None:
@@ -172,7 +192,7 @@ def test_layer_classes_can_be_extended_by_subclassing() -> None:
     assert [len(group["params"]) for group in linear.param_groups] == [2, 2, 1]
     flat = SIRFShampoo(net, combine_params=(MyEmbeddingRule(), PerParameter()))
     dims = [[K.dim for K in factors] for factors in flat.preconditioner]
-    assert dims == [[3, 2], [3], [6], [3], [8]]
+    assert dims == [[6], [8], [3, 2], [3], [3]]
 
 
 class Broken(PerParameter):

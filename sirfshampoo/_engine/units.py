@@ -163,7 +163,11 @@ def _claims(
     names: Sequence[str],
     identify: Callable[[PreconditionerGroup], list[list[Parameter]]],
 ) -> list[tuple[list[Parameter], PreconditionerGroup]]:
-    """Return which rule takes which parameters, in the order of the parameters."""
+    """Return which rule takes which parameters.
+
+    Earlier rules come first, and what a rule finds in the order in which it lists it:
+    code and checkpoints of the official package count groups so.
+    """
     position = {id(p): i for i, p in enumerate(group["params"])}
     free = set(position)
     claims: list[tuple[list[Parameter], PreconditionerGroup]] = []
@@ -181,7 +185,7 @@ def _claims(
             f"for {orphans}. Append PerParameter(), which takes any parameter of the "
             "model."
         )
-    return sorted(claims, key=lambda claim: min(position[id(p)] for p in claim[0]))
+    return claims
 
 
 def _joint_tensor(
