@@ -203,8 +203,8 @@ def records() -> Iterator[dict[str, Any]]:
 
 def measured() -> Iterator[dict[str, Any]]:
     """Yield what is counted on ranks of this machine, beside what is predicted."""
-    from tests import distributed_cases
-    from tests.ranks import Ranks
+    from tests.distributed import distributed_cases
+    from tests.distributed.ranks import Ranks
 
     for world in (1, 2, 4):
         ranks = Ranks(world)

@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from sirfshampoo._config.arguments import check_batch_size, check_model
-from sirfshampoo._config.groups import (
-    adopt_cycled_momentum,
-    check_options,
-)
+from sirfshampoo._config.groups import adopt_cycled_momentum, check_options
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, is_initialized
 from sirfshampoo._engine.batch_size import BatchSizeCounter
@@ -25,14 +22,11 @@ from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.step import take_steps
 from sirfshampoo._engine.unit_optimizer import UnitOptimizer
 from sirfshampoo._engine.units import Unit
-from sirfshampoo._engine.warn import (
-    partly_missing_gradients,
-    warn_of_missing_gradients,
-    warn_of_non_finite_gradients,
-)
+from sirfshampoo._engine.warn import warn_of_non_finite_gradients
 from sirfshampoo._method.device import untraced
 from sirfshampoo._method.precision import full_precision
 from sirfshampoo._report.diagnostics import diagnostics
+from sirfshampoo._report.groups import tell_groups
 from sirfshampoo._report.memory import check_memory
 from sirfshampoo._report.table import Summary, summarize
 from sirfshampoo.combiner import PerParameter, PreconditionerGroup
@@ -115,7 +109,8 @@ class SIRFShampoo(UnitOptimizer):
                 (name, parameter) such as ``named_parameters()``, or of dictionaries
                 with the key ``'params'`` and any of the options from ``lr`` to
                 ``combine_params`` (but not ``batch_size``). Default: all parameters of
-                the model that require a gradient.
+                the model. Those that are frozen rest, and get factors when their first
+                gradient comes.
             lr: Learning rate of the parameters (β₁ in the paper). If it is a tensor,
                 each group gets a copy of its own, into which schedulers write: put it
                 on the device of the parameters, then a compiled step or a captured
@@ -134,7 +129,10 @@ class SIRFShampoo(UnitOptimizer):
                 first input tensor.
             T: How many steps lie between two updates of the pre-conditioner, or a
                 callable from the global step to whether to update it. Each group gets
-                a copy of its own of a callable.
+                a copy of its own of a callable. What a callable remembers is saved and
+                loaded with the optimizer if it has ``state_dict`` and
+                ``load_state_dict``; without these, let it answer from the step alone,
+                or a resumed run updates in other steps.
             structures: The structure of the Kronecker factors: one name for all; or a
                 dictionary that maps the number of axes of a tensor to a name, or to a
                 tuple of names, one for each axis, such as
@@ -240,13 +238,13 @@ class SIRFShampoo(UnitOptimizer):
         }
         check_options(defaults)
         module = model if isinstance(model, Module) else None
+        known = KnownModel(module)
         if module is None:
             params = model  # type: ignore[assignment]
         elif params is None:
-            params = [p for p in module.parameters() if p.requires_grad]
+            params = known.trainable()
 
         self.debug = False
-        self._told: set[int] = set()  # units whose missing gradients were told
         owners = None
         if shard_preconditioners is not False and is_initialized():
             owners = Owners(shard_preconditioners)
@@ -254,7 +252,7 @@ class SIRFShampoo(UnitOptimizer):
         super().__init__(
             params,
             defaults,
-            model=KnownModel(module),
+            model=known,
             engine=Engine(variant, ranks, owners, allocates=self._ALLOCATES),
             batch_size=BatchSizeCounter(batch_size),
         )
@@ -275,8 +273,9 @@ class SIRFShampoo(UnitOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Perform a single optimization step.
 
-        A pre-conditioner whose parameters lack a gradient rests, and so does one whose
-        gradient is not finite (``skipped`` in its state counts these). On an
+        Parameters that lack a gradient rest; of those that share a pre-conditioner, the
+        others take theirs as 0. If a gradient is not finite, all that share its
+        pre-conditioner rest (``skipped`` in its state counts that). On an
         accelerator the host does not wait for the device. ``torch.compile`` makes two
         variants of a step, with an update of the pre-conditioners and without; and
         more if not all groups are updated in the same steps.
@@ -303,14 +302,18 @@ class SIRFShampoo(UnitOptimizer):
     def _plan(self) -> tuple[list[Task], int]:
         """Return what is to be done, and the batch size."""
         units = self._engine.units
-        present, counted = self._engine.ranks.agree(
-            [unit.has_gradients() for unit in units], self._batch_size.counted()
+        flags, counted = self._engine.ranks.agree(
+            [has for unit in units for has in unit.gradients_present()],
+            self._batch_size.counted(),
         )
-        batch_size = self._batch_size.read(counted) if any(present) else 0
-        partly_missing = partly_missing_gradients(units) - self._told
-        if partly_missing:
-            self._told |= partly_missing
-            warn_of_missing_gradients(units, self._unit_names(), partly_missing)
+        known = iter(flags)
+        present = [[next(known) for _ in unit.params] for unit in units]
+        moving = [u for u, has in zip(units, present, strict=True) if any(has)]
+        batch_size = 0
+        if any(unit.dims.numel() for unit in moving):
+            batch_size = self._batch_size.read(counted)
+        if not all(self.state.get(unit.params[0]) for unit in moving):
+            self._allocate()  # some were frozen
         if self.debug:
             warn_of_non_finite_gradients(units, self._unit_names())
         for group in self.param_groups:
@@ -326,11 +329,6 @@ class SIRFShampoo(UnitOptimizer):
         self.global_step += 1
         self._engine.close()
         self._batch_size.close(batch_size)
-
-    @property
-    def spread_updates(self) -> bool:
-        """Whether updates of pre-conditioners are spread over the steps."""
-        return self._engine.variant.spread_updates
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget how many examples they averaged over.
@@ -351,25 +349,16 @@ class SIRFShampoo(UnitOptimizer):
         """
         return self._batch_size.value
 
-    @property
-    def preconditioner(self) -> list[list[StructuredMatrix]]:
-        """The Kronecker factors K_n of each group, as views of the state.
-
-        Of sharded pre-conditioners, what another rank holds is an empty list.
-        """
-        return self._engine.factors(self._stacks())
-
-    @property
-    def preconditioner_momenta(self) -> list[list[StructuredMatrix | None]]:
-        """The momenta m_n of each group, as views of the state; None without any.
-
-        Of sharded pre-conditioners, what another rank holds is an empty list.
-        """
-        return self._engine.momenta(self._stacks())
+    def __repr__(self) -> str:
+        """Return the parameter groups, equal ones folded."""
+        return tell_groups(type(self).__name__, self.param_groups)
 
     def _summary(self) -> Summary:
-        """Return what the pre-conditioners are and cost."""
-        return summarize(self._engine.units, self.param_groups, self._unit_names())
+        """Return what the pre-conditioners are and cost, but of what is frozen."""
+        pairs = list(zip(self._engine.units, self._unit_names(), strict=True))
+        wanted = [pair for pair in pairs if pair[0].is_wanted(self.state)]
+        units, names = [u for u, _ in wanted], [n for _, n in wanted]
+        return summarize(units, self.param_groups, names)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

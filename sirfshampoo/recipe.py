@@ -83,8 +83,9 @@ def recipe(
     if steps is not None:
         check_count("steps", steps)
     check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
-    params = [p for p in model.parameters() if p.requires_grad]
-    size = max(sum(p.numel() for p in params), 1)
+    # what is frozen may be thawed later, if it is of a type that can be trained
+    params = [p for p in model.parameters() if p.requires_grad or p.is_floating_point()]
+    size = max(sum(p.numel() for p in params if p.requires_grad), 1)
     # with the inverse in place of its power ¾, U would have the length √(size / B) in
     # the metric that it inverts; with the square root, entries of about 1 / √B
     own = _RATE * lr * batch_size**0.5 / size**0.25
@@ -204,9 +205,9 @@ def choose_structures(
 
     Returns:
         Parameter groups with the keys ``'params'`` and ``'structures'``, for
-        ``SIRFShampoo(model, choose_structures(model))``. They hold every parameter that
-        requires a gradient once, in the order of the model. Add other options to them
-        as you like.
+        ``SIRFShampoo(model, choose_structures(model))``. They hold every parameter
+        once, in the order of the model: what is frozen rests until it is thawed. Add
+        other options to them as you like.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -242,13 +243,14 @@ def choose_structures(
 
 
 def _with_weights(model: Module) -> Iterator[tuple[Parameter, Parameter | None]]:
-    """Yield every trainable parameter once; a bias with the weight of its layer."""
+    """Yield every parameter once; a bias with the weight of its layer."""
     seen: set[int] = set()
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         matrices = [p for p in own if _axes(p) > 1]
         for p in own:
-            if p.requires_grad and id(p) not in seen:
+            trainable = p.requires_grad or p.is_floating_point()
+            if trainable and id(p) not in seen:
                 seen.add(id(p))
                 joins = len(matrices) == 1 and _axes(p) < 2
                 yield p, matrices[0] if joins else None

@@ -231,11 +231,21 @@ class Twin:
         self.global_step = 0
 
     def step(self, grads: dict[nn.Parameter, Tensor | None], batch_size: int) -> None:
-        """Move every unit whose gradients all exist and are finite."""
+        """Move what has a gradient, in every unit whose gradients are finite."""
         for unit in self.units:
-            Gs = [grads.get(p) for p in unit.params]
-            if all(G is not None and G.isfinite().all() for G in Gs):
-                self._step(unit, [G.double() for G in Gs], batch_size)
+            found = [grads.get(p) for p in unit.params]
+            absent = [i for i, G in enumerate(found) if G is None]
+            Gs = [
+                torch.zeros_like(W) if G is None else G.double()
+                for G, W in zip(found, unit.W, strict=True)
+            ]
+            if len(absent) < len(found) and all(G.isfinite().all() for G in Gs):
+                kept = {i: (unit.W[i], unit.V[i]) for i in absent}
+                for i in absent:
+                    unit.V[i] = torch.zeros_like(unit.V[i])
+                self._step(unit, Gs, batch_size)
+                for i, rests in kept.items():
+                    unit.W[i], unit.V[i] = rests
         self.global_step += 1
 
     def _step(self, unit: Unit, Gs: list[Tensor], B: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from sirfshampoo._config.axes import dtypes_of_axes
 from sirfshampoo._config.groups import (
@@ -17,21 +18,31 @@ from sirfshampoo._config.groups import (
     plain_numbers,
 )
 from sirfshampoo._engine.units import Unit
+from sirfshampoo.structures import structure_class
 
 Group = Mapping[str, Any]
+
+
+def _is_stateful(T: Any) -> bool:
+    """Return whether a callable ``T`` can be saved and restored, as schedulers can."""
+    return callable(T) and all(
+        callable(getattr(T, name, None)) for name in ("state_dict", "load_state_dict")
+    )
 
 
 def without_code(group: Group) -> dict[str, Any]:
     """Return a parameter group as plain values.
 
     None stands for options that are code: torch.distributed.checkpoint looks for every
-    key of the group. Types go by name, because it refuses them;
-    a learning rate that is a tensor, as a number.
+    key of the group; its state dict stands for a callable ``T`` that has one. Types go
+    by name, because it refuses them; a learning rate that is a tensor, as a number.
     """
     plain = {
         key: None if key == "combine_params" or callable(value) else value
         for key, value in {**group, **plain_numbers(group)}.items()
     }
+    if _is_stateful(group["T"]):
+        plain["T"] = deepcopy(group["T"].state_dict())
     types = group["preconditioner_dtypes"]
     plain["preconditioner_dtypes"] = tuple(str(t).removeprefix("torch.") for t in types)
     return plain
@@ -53,8 +64,12 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     code = {key: present[key] for key in ("params", "combine_params")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
     known = {key: value for key, value in saved.items() if key not in code}
-    if known.get("T", 0) is None:
-        del known["T"]
+    T = known.get("T")
+    if isinstance(T, Mapping):
+        known["T"] = deepcopy(present["T"])
+        known["T"].load_state_dict(deepcopy(dict(T)))
+    elif T is None:
+        known.pop("T", None)
     known = {**_with_types(deepcopy(known)), **plain_numbers(saved)}
     loaded = {**code, **absent, **known}
     if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks for it
@@ -65,18 +80,20 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
 def check_fit(
     state_dict: Mapping[str, Any],
     groups: Sequence[Group],
-    state: Mapping[Tensor, Mapping[str, Tensor]],
+    units: Sequence[Unit],
+    names: Sequence[Sequence[str]],
 ) -> tuple[dict[Tensor, dict[str, Tensor]], int | None]:
     """Check that a state dict fits an optimizer.
 
     Args:
         state_dict: The state dict.
         groups: The optimizer's parameter groups.
-        state: The optimizer's present state.
+        units: Its units.
+        names: The names of each unit's parameters.
 
     Returns:
-        The saved tensors of each parameter, not copied, and the saved global step
-        (None if there is nothing that could tell it).
+        The saved tensors of each parameter, not copied, none for those whose state
+        starts anew, and the saved global step (None if nothing could tell it).
 
     Raises:
         ValueError: If the state dict is of another model, or of other structures.
@@ -90,15 +107,27 @@ def check_fit(
             f"Argument 'state_dict' must have {len(groups)} parameter groups, one for "
             f"each pre-conditioner, got {len(saved_groups)}."
         )
-    by_parameter = {}
+    by_parameter: dict[Tensor, dict[str, Tensor]] = {}
+    anew: list[str] = []
     for i, (saved, present) in enumerate(zip(saved_groups, groups, strict=True)):
         _check_group(f"group {i}", saved, present)
-        for key, p in zip(saved["params"], present["params"], strict=True):
-            entries = dict(state_dict["state"].get(key, {}))
-            if not entries and not p.requires_grad:
-                continue  # torch.distributed.checkpoint leaves out what is frozen
-            _check_entries(f"parameter {key}", entries, p, state[p])
-            by_parameter[p] = entries
+        pairs = list(zip(saved["params"], present["params"], strict=True))
+        found = {p: dict(state_dict["state"].get(key, {})) for key, p in pairs}
+        if state_dict["state"] and not any(found.values()):  # it was frozen then
+            anew += [n for n, p in zip(names[i], found, strict=True) if p.requires_grad]
+            by_parameter |= {p: {} for p in found if p.requires_grad}
+            continue
+        shapes = _shapes(units[i])
+        for key, p in pairs:
+            if found[p] or p.requires_grad:  # torch.distributed.checkpoint leaves out
+                _check_entries(f"parameter {key}", found[p], p, shapes[p])  # the frozen
+                by_parameter[p] = found[p]
+    if anew:
+        warnings.warn(
+            f"The state dict holds nothing for {anew}, as if they were frozen when it "
+            "was saved: their pre-conditioners start anew.",
+            stacklevel=3,
+        )
 
     # of what is frozen, torch.distributed.checkpoint may leave the present state
     trained = [e for p, e in by_parameter.items() if p.requires_grad]
@@ -158,21 +187,37 @@ def _check_group(owner: str, saved: Group, present: Group) -> None:
     saved = _with_types(saved)
     given = {key: value for key, value in saved.items() if value is not None}
     given.pop("combine_params", None)
+    if isinstance(given.get("T"), Mapping):
+        if not _is_stateful(present["T"]):
+            raise ValueError(
+                f"Argument 'state_dict' must fit a 'T' without state in {owner}, got "
+                f"the state of a callable: {given['T']!r}."
+            )
+        del given["T"]
     given["alpha1"] = given.pop(CYCLED_MOMENTUM, given["alpha1"])
     check_options(given)
     ndim = len(present["structures"])
     dtypes_of_axes(saved["preconditioner_dtypes"], ndim, present["params"][0].dtype)
 
 
+def _shapes(unit: Unit) -> dict[Tensor, dict[str, Size]]:
+    """Return the shapes that a unit's state must have, but for momenta."""
+    first: dict[str, Size] = {"step": Size(), "skipped": Size()}
+    axes = zip(unit.structures, unit.dims, strict=True)
+    for n, (name, dim) in enumerate(axes):
+        for field, shape in structure_class(name).layout(dim).items():
+            first[f"K{n}.{field}"] = Size(shape)
+    return {p: first if p is unit.params[0] else {} for p in unit.params}
+
+
 def _check_entries(
-    owner: str, saved: Mapping[str, Any], p: Tensor, present: Mapping[str, Tensor]
+    owner: str, saved: Mapping[str, Any], p: Tensor, required: Mapping[str, Size]
 ) -> None:
     """Check the keys and shapes of one parameter's entries.
 
     Momenta may be there or not: that follows from the hyperparameters, which a state
     dict brings along.
     """
-    required = {k: t.shape for k, t in present.items() if k[0] != "m"}
     momenta = {f"m{k[1:]}": shape for k, shape in required.items() if k[0] == "K"}
     shapes = {**required, **momenta, "momentum_buffer": p.shape}
     missing = required.keys() - saved.keys()

@@ -105,7 +105,10 @@ class Engine:
             phases = self.phases(groups)
             self._stacks = stack_units(
                 # rows that are updated in the same steps are neighbours
-                sorted(self.units, key=lambda unit: phases[unit.group]),
+                sorted(
+                    (unit for unit in self.units if unit.is_wanted(state)),
+                    key=lambda unit: phases[unit.group],
+                ),
                 groups,
                 state,
                 step=step,
@@ -169,7 +172,7 @@ class Engine:
         groups: Sequence[Group],
         state: dict[Tensor, State],
         step: int,
-        present: Sequence[bool],
+        present: Sequence[Sequence[bool]],
     ) -> list[Task]:
         """Return what a step does.
 
@@ -177,14 +180,19 @@ class Engine:
             groups: The parameter groups.
             state: The optimizer's state.
             step: The global step.
-            present: Whether each unit has gradients, on every rank.
+            present: Whether each parameter of each unit has a gradient, on every rank.
         """
         settings = [
-            Settings.of_group(group, due=due, variant=self.variant)
-            if has_gradients
+            Settings.of_group(
+                group,
+                absent=tuple(j for j, has in enumerate(has_gradient) if not has),
+                due=due,
+                variant=self.variant,
+            )
+            if any(has_gradient) and unit.dims.numel()
             else None
-            for group, due, has_gradients in zip(
-                groups, self._due(groups, step), present, strict=True
+            for unit, group, due, has_gradient in zip(
+                self.units, groups, self._due(groups, step), present, strict=True
             )
         ]
         stacks = self.stacks(groups, state, step)

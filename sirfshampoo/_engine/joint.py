@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import is_dtensor, whole_rows
+from sirfshampoo._distributed import is_dtensor, local, whole_rows
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.combiner import PerParameter
 
 
-def joint_gradients(units: Sequence[Unit]) -> Tensor:
+def joint_gradients(units: Sequence[Unit], absent: Collection[int] = ()) -> Tensor:
     """Return the joint gradients ``[rows, *dims]`` of units that are alike.
 
     A rule sees whole gradients, wherever their shards lie.
+
+    Args:
+        units: The units, one a row.
+        absent: The positions of parameters without gradient, which count as 0.
     """
     first, group = units[0], units[0].rule.group
-    if not any(is_dtensor(p) for p in first.params):
+    if not absent and not any(is_dtensor(p) for p in first.params):
         return stacked([group([p.grad for p in unit.params]) for unit in units])  # type: ignore[misc]
     wholes = [
-        whole_rows([unit.params[j].grad for unit in units], like)  # type: ignore[misc]
+        whole_zeros(len(units), like)
+        if j in absent
+        else whole_rows([unit.params[j].grad for unit in units], like)  # type: ignore[misc]
         for j, like in enumerate(first.params)
     ]
     return joined(units, wholes)
+
+
+def whole_zeros(rows: int, like: Tensor) -> Tensor:
+    """Return zeros ``[rows, *shape]`` for parameters, whole, wherever these lie."""
+    return local(like.detach()).new_zeros(rows, *like.shape)
 
 
 def joined(units: Sequence[Unit], wholes: Sequence[Tensor]) -> Tensor:

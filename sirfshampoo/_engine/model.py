@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from sirfshampoo._config.arguments import check_rule
+from sirfshampoo._config.axes import SUPPORTED_DTYPES
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.combiner import PreconditionerGroup
 
@@ -41,6 +42,15 @@ class KnownModel:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs."""
         return {**vars(self), "_identified": {}}
+
+    def trainable(self) -> list[Parameter]:
+        """Return the model's parameters, but those that can never be trained.
+
+        What is frozen may be thawed, unless its type allows no gradient, as that of
+        quantised weights.
+        """
+        params = () if self.module is None else self.module.parameters()
+        return [p for p in params if p.requires_grad or p.dtype in SUPPORTED_DTYPES]
 
     def identify(
         self, rule: PreconditionerGroup, params: Sequence[Tensor]

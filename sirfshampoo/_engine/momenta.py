@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from sirfshampoo._distributed import (
     local_like,
     whole_rows,
 )
-from sirfshampoo._engine.joint import stacked
+from sirfshampoo._engine.joint import stacked, whole_zeros
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method.descent import accumulate
 
@@ -41,23 +41,33 @@ def zero_momenta(units: Sequence[Unit], *, held: bool) -> list[Tensor]:
 
 
 def add_gradients(
-    V: Sequence[Tensor], units: Sequence[Unit], *, alpha1: float, moves: Tensor | None
+    V: Sequence[Tensor],
+    units: Sequence[Unit],
+    *,
+    absent: Collection[int],
+    alpha1: float,
+    moves: Tensor | None,
 ) -> None:
     """Update momenta of gradients in place: V ← alpha1 · V + G.
 
     Args:
         V: The momenta, ``[rows, *local shape]`` each.
         units: The units of these rows.
+        absent: The positions of parameters without gradient, whose momenta rest.
         alpha1: Momentum.
         moves: Which rows move; None: all.
     """
     for j, V_j in enumerate(V):
+        if j in absent:
+            continue
         params = [unit.params[j] for unit in units]
         grads = [local_like(p.grad, p) for p in params]  # type: ignore[arg-type]
         accumulate(V_j, stacked(grads), alpha1=alpha1, moves=moves)
 
 
-def whole_momenta(V: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
+def whole_momenta(
+    V: Sequence[Tensor], units: Sequence[Unit], absent: Collection[int] = ()
+) -> list[Tensor]:
     """Return whole momenta of each of a unit's parameters, ``[rows, *shape]``.
 
     Nothing of what lies on another rank. Ranks communicate if parameters are
@@ -66,11 +76,15 @@ def whole_momenta(V: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
     Args:
         V: The momenta, ``[rows, *local shape]`` each; none if there are none.
         units: The units of these rows.
+        absent: The positions of parameters without gradient: zeros in their place.
     """
-    return [
-        whole_rows([distributed_like(v, p) for v in V_j.unbind(0)], p)
-        if is_dtensor(p)
-        else V_j
-        for V_j, p in zip(V, units[0].params, strict=False)
-        if len(V_j)
-    ]
+    wholes = []
+    for j, (V_j, p) in enumerate(zip(V, units[0].params, strict=False)):
+        if len(V_j) and j in absent:
+            wholes.append(whole_zeros(len(V_j), p))
+        elif len(V_j) and is_dtensor(p):
+            shards = [distributed_like(v, p) for v in V_j.unbind(0)]
+            wholes.append(whole_rows(shards, p))
+        elif len(V_j):
+            wholes.append(V_j)
+    return wholes

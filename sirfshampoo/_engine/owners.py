@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,15 +52,6 @@ class Owners:
         return with_owners(units, groups, present, self.exchange.size)
 
     # ------------------------------------------------------------------- checkpoints
-
-    def template(self, stacks: Iterable[Stack]) -> dict[Tensor, dict[str, Tensor]]:
-        """Return tensors without numbers of the shapes that a state dict must have."""
-        shapes: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for stack in stacks:
-            for p, key, tensor, held in stack.entries():
-                shape = tensor.shape if held else tensor.shape[1:]
-                shapes[p][key] = torch.empty(shape, device="meta")
-        return shapes
 
     def spread(self, stacks: Iterable[Stack]) -> Iterator[tuple[Tensor, str, Tensor]]:
         """Yield parameter, key and tensor of a state that all ranks hold a share of.

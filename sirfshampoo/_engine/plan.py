@@ -26,13 +26,19 @@ class Settings(NamedTuple):
     alpha2: float
     lam: float
     kappa: float
+    absent: tuple[int, ...]  # positions of parameters that lack a gradient, and rest
     due: bool  # whether the factors are to be updated
     interval: int  # how many steps the factors are expected to stay
     variant: Variant
 
     @classmethod
     def of_group(
-        cls, group: Mapping[str, Any], *, due: bool, variant: Variant
+        cls,
+        group: Mapping[str, Any],
+        *,
+        absent: tuple[int, ...],
+        due: bool,
+        variant: Variant,
     ) -> Settings:
         """Read the settings of a parameter group."""
         return cls(
@@ -42,6 +48,7 @@ class Settings(NamedTuple):
             alpha2=float(group["alpha2"]),
             lam=float(group["lam"]),
             kappa=float(group["kappa"]),
+            absent=absent,
             due=due,
             interval=interval_of(group),
             variant=variant,

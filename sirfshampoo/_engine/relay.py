@@ -9,7 +9,7 @@ from itertools import zip_longest
 from torch import Tensor
 
 from sirfshampoo._distributed import Exchange, is_dtensor
-from sirfshampoo._engine.joint import joined, stacked
+from sirfshampoo._engine.joint import joined, stacked, whole_zeros
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.step import descend_rows
@@ -56,17 +56,22 @@ class Relay:
 
     def gather(self, task: Task) -> Tensor:
         """Return the gradients of a task."""
-        wholes = [
-            next(self._gradients)
-            if is_dtensor(first)
-            else stacked([unit.params[j].grad for unit in task.units])  # type: ignore[misc]
-            for j, first in enumerate(task.units[0].params)
-        ]
-        return joined(task.units, wholes)
+        units = task.units
+        wholes: list[Tensor] = []
+        for j, first in enumerate(units[0].params):
+            if j in task.settings.absent:
+                wholes.append(whole_zeros(len(units), first))
+            elif is_dtensor(first):
+                wholes.append(next(self._gradients))
+            else:
+                wholes.append(stacked([unit.params[j].grad for unit in units]))  # type: ignore[misc]
+        return joined(units, wholes)
 
     def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
         """Have whole parameters descend; keep what is for shards until it is sent."""
         for j, U_j in enumerate(U):
+            if j in task.settings.absent:
+                continue
             if not is_dtensor(task.units[0].params[j]):
                 descend_rows(task, j, U_j, moves)
                 continue
@@ -102,9 +107,9 @@ class Relay:
 
 
 def _params(task: Task, *, distributed: bool) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield the position and the parameters of all rows there."""
+    """Yield the positions that move, and the parameters of all rows there."""
     for j, first in enumerate(task.units[0].params):
-        if is_dtensor(first) == distributed:
+        if is_dtensor(first) == distributed and j not in task.settings.absent:
             yield j, [unit.params[j] for unit in task.units]
 
 

@@ -95,9 +95,10 @@ def _update_factors(
 
 def _average_gradients(task: Task, G: Tensor, moves: Tensor | None) -> Tensor:
     """Update the momentum of a task's gradients; return what is pre-conditioned."""
-    units, V, alpha1 = task.units, task.V, task.settings.alpha1
-    add_gradients(V, units, alpha1=alpha1, moves=moves)
-    average = joined(units, whole_momenta(V, units))
+    units, V = task.units, task.V
+    alpha1, absent = task.settings.alpha1, task.settings.absent
+    add_gradients(V, units, absent=absent, alpha1=alpha1, moves=moves)
+    average = joined(units, whole_momenta(V, units, absent))
     if task.settings.variant.nesterov:
         return torch.add(G, average, alpha=alpha1)
     return average
@@ -161,12 +162,14 @@ class Everywhere:
 
     def gather(self, task: Task) -> Tensor:
         """Return the gradients of a task."""
-        return joint_gradients(task.units)
+        return joint_gradients(task.units, task.settings.absent)
 
     def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
         """Have the parameters on this rank descend."""
         for j, U_j in enumerate(U):
-            descend_rows(task, j, shard_rows(U_j, task.units[0].params[j]), moves)
+            if j not in task.settings.absent:
+                shards = shard_rows(U_j, task.units[0].params[j])
+                descend_rows(task, j, shards, moves)
 
 
 def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:

@@ -28,6 +28,7 @@ from sirfshampoo._engine.model import KnownModel
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit, form_units
 from sirfshampoo._engine.warn import warn_of_callable_interval
+from sirfshampoo.structures import StructuredMatrix
 
 
 class UnitOptimizer(Optimizer):
@@ -68,8 +69,7 @@ class UnitOptimizer(Optimizer):
         # schedulers that cycle the momentum look here, and put it into the groups
         self.defaults[CYCLED_MOMENTUM] = defaults["alpha1"]
         self._model.forget()
-        self._check_memory(self._engine.units, self.param_groups)
-        self._restack()
+        self._allocate()
         self._is_set_up = True
         if model.module is not None:
             self._hook = batch_size.watch(model.module)
@@ -127,11 +127,13 @@ class UnitOptimizer(Optimizer):
         if self._engine.variant.spread_updates and callable(given["T"]):
             warn_of_callable_interval(names)
         units = self._engine.with_owners(units, [*before, *groups], names)
-        every = [*self._engine.units, *units]
         if self._is_set_up:  # else the constructor does it once for all
             self._model.forget()
-            self._check_memory(every, [*before, *groups])
-        self.param_groups, self._engine.units = [*before, *groups], every
+            every = [*self._engine.units, *units]
+            wanted = [unit for unit in every if unit.is_wanted(self.state)]
+            self._check_memory(wanted, [*before, *groups])
+        self.param_groups = [*before, *groups]
+        self._engine.units = [*self._engine.units, *units]
         self._batch_size.params += [p for unit in units for p in unit.params]
         if self._is_set_up:
             self._restack()
@@ -141,6 +143,12 @@ class UnitOptimizer(Optimizer):
         self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
     ) -> None:
         """Check that there is memory for what units need; raise `MemoryError`."""
+
+    def _allocate(self) -> None:
+        """Take memory for the state of all units that need some."""
+        wanted = [unit for unit in self._engine.units if unit.is_wanted(self.state)]
+        self._check_memory(wanted, self.param_groups)
+        self._restack()
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
@@ -163,6 +171,27 @@ class UnitOptimizer(Optimizer):
     def global_step(self, value: int) -> None:
         self._engine.count(value - self._global_step)
         self._global_step = value
+
+    @property
+    def spread_updates(self) -> bool:
+        """Whether updates of pre-conditioners are spread over the steps."""
+        return self._engine.variant.spread_updates
+
+    @property
+    def preconditioner(self) -> list[list[StructuredMatrix]]:
+        """The Kronecker factors K_n of each group, as views of the state.
+
+        An empty list stands for what another rank holds, or what is frozen.
+        """
+        return self._engine.factors(self._stacks())
+
+    @property
+    def preconditioner_momenta(self) -> list[list[StructuredMatrix | None]]:
+        """The momenta m_n of each group, as views of the state; None without any.
+
+        An empty list stands for what another rank holds, or what is frozen.
+        """
+        return self._engine.momenta(self._stacks())
 
     # ------------------------------------------------------------------- checkpoints
 
@@ -205,10 +234,10 @@ class UnitOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        engine, expected = self._engine, self.state
-        if engine.owners is not None:
-            expected = engine.owners.template(self._stacks())  # type: ignore[assignment]
-        saved, step = check_fit(state_dict, self.param_groups, expected)
+        engine = self._engine
+        saved, step = check_fit(
+            state_dict, self.param_groups, engine.units, self._unit_names()
+        )
         check_symmetric(engine.units, saved)
 
         pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
@@ -222,7 +251,10 @@ class UnitOptimizer(Optimizer):
             for unit in engine.units:
                 saved |= engine.owners.collect(unit, saved)
         for p, entries in saved.items():
-            self.state[p] = entries
+            if entries:
+                self.state[p] = entries
+            else:
+                self.state.pop(p, None)
         for stack in self._restack():
             stack.step.fill_(self._global_step)  # also of what was not saved
 

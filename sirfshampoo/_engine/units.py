@@ -68,23 +68,27 @@ class Unit:
         needed = (structure_class(name).WORKSPACE for name in self.structures)
         return self.dims.numel() * max(needed) + self.num_stored
 
-    def has_gradients(self) -> bool:
-        """Whether every parameter has a gradient.
+    def gradients_present(self) -> tuple[bool, ...]:
+        """Return, a parameter, whether it has a gradient.
 
         Raises:
             RuntimeError: If a gradient is sparse.
         """
-        complete = True
         for p in self.params:
-            if p.grad is None:
-                complete = False
-            elif p.grad.layout != torch.strided:
+            if p.grad is not None and p.grad.layout != torch.strided:
                 raise RuntimeError(
                     "SIRFShampoo does not support sparse gradients, got one of layout "
                     f"{p.grad.layout} for a parameter of shape {tuple(p.shape)}. Build "
                     "embedding layers with sparse=False."
                 )
-        return complete and self.dims.numel() > 0
+        return tuple(p.grad is not None for p in self.params)
+
+    def is_wanted(self, state: Mapping[Tensor, Any]) -> bool:
+        """Return whether the unit needs state: it trains, or has state already."""
+        first = self.params[0]
+        return any(p.requires_grad or p.grad is not None for p in self.params) or bool(
+            state.get(first)
+        )
 
 
 @torch.no_grad()

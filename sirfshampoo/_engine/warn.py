@@ -13,30 +13,6 @@ from sirfshampoo._engine.units import Unit
 _TO_USER_OF_STEP, _TO_USER_OF_CONSTRUCTOR = 5, 6
 
 
-def partly_missing_gradients(units: Sequence[Unit]) -> set[int]:
-    """Return the indices of the units of which some, but not all gradients are None."""
-    return {
-        unit.group
-        for unit in units
-        if len(unit.params) > 1 and len({p.grad is None for p in unit.params}) == 2
-    }
-
-
-def warn_of_missing_gradients(
-    units: Sequence[Unit], names: Sequence[Sequence[str]], indices: set[int]
-) -> None:
-    """Warn that units rest although some of their gradients are there."""
-    for i in sorted(indices):
-        pairs = zip(names[i], units[i].params, strict=True)
-        missing = [name for name, p in pairs if p.grad is None]
-        warnings.warn(
-            f"{missing} have no gradient, so all that share their pre-conditioner, "
-            f"{list(names[i])}, rest. Freeze parameters before the optimizer is "
-            "built, or leave them to PerParameter in 'combine_params'.",
-            stacklevel=_TO_USER_OF_STEP,
-        )
-
-
 def warn_of_callable_interval(names: Sequence[str]) -> None:
     """Warn that `spread_updates` does nothing for parameters."""
     warnings.warn(

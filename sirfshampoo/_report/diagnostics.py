@@ -67,8 +67,9 @@ def _of_direction(
     momentum = whole_momenta([V_j[rows] for V_j in stack.V or []], [unit])
     V = joined([unit], momentum) if momentum else None
     G = None
-    if (V is None or variant.nesterov) and unit.has_gradients():
-        G = joint_gradients([unit])
+    present = unit.gradients_present()
+    if (V is None or variant.nesterov) and any(present):
+        G = joint_gradients([unit], [j for j, has in enumerate(present) if not has])
     if V is not None and variant.momentum_first:
         G, V = V if G is None else G + alpha1 * V, None
     if G is None or not stack.held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -230,6 +231,38 @@ def frozen(make: Contestant) -> None:
         other.step()
         path.append(vector(twin))
     same(torch.cat(found), torch.stack(path))
+
+
+@row("All parameters of a model train, those that are thawed later, too")
+def thawed(make: Contestant) -> None:
+    data, model = batches(6), new_model()
+    model[0].requires_grad_(False)
+    optimizer = make(model)
+    before = vector(model[0])
+    train(model, optimizer, data[:3])
+    assert torch.equal(vector(model[0]), before)
+    model[0].requires_grad_(True)
+    train(model, optimizer, data[3:])
+    assert not torch.equal(vector(model[0]), before)
+
+
+@row("A checkpoint loads although other layers were frozen when it was saved")
+def frozen_otherwise(make: Contestant) -> None:
+    data, model = batches(6), new_model()
+    model[0].requires_grad_(False)
+    optimizer = make(model)
+    train(model, optimizer, data[:3])
+    twin = new_model()
+    twin.load_state_dict(model.state_dict())
+    other = make(twin)
+    with warnings.catch_warnings():  # ours says what starts anew
+        warnings.filterwarnings("ignore", "The state dict holds nothing for")
+        other.load_state_dict(optimizer.state_dict())
+    before = vector(twin[0])
+    model[0].requires_grad_(True)
+    found = [train(net, o, data[3:]) for net, o in ((model, optimizer), (twin, other))]
+    same(*found)
+    assert not torch.equal(vector(twin[0]), before)
 
 
 @row("Zero-size parameters are carried along")

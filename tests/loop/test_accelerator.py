@@ -1,7 +1,7 @@
 """Where the host runs ahead of the device: no wait, a learning rate on it, graphs.
 
 The tests that need a GPU skip themselves. `far_away` has the CPU pass for one, and
-refuses every operation that would make the host wait; `test_method.py` and
+refuses every operation that would make the host wait; `method/test_method.py` and
 `test_spread.py` hold that path against the twin.
 """
 
@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAST, SHAPES, STRUCTURES, Tensors, mixture
-from conftest import NoLooking
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (
     ExponentialLR,
@@ -21,9 +19,11 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
     ReduceLROnPlateau,
 )
-from twin import Twin, assert_agree, find_units
 
 from sirfshampoo import SIRFShampoo
+from tests.cases import FAST, SHAPES, STRUCTURES, Tensors, mixture
+from tests.conftest import NoLooking
+from tests.twin import Twin, assert_agree, find_units
 
 BATCH = 4
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,6 +1,7 @@
 """The documented surface, and the door: what is wrong is refused, unchanged."""
 
 import inspect
+import re
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import sirfshampoo
-from sirfshampoo import PerParameter, SIRFShampoo
+from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
 from sirfshampoo._config.variant import Variant
 from sirfshampoo.optimizer import DEFAULT_COMBINE_PARAMS, get_batch_size
 
@@ -280,3 +281,19 @@ def test_weight_decay_in_a_group_is_kappa() -> None:
         SIRFShampoo(net, [{"params": weights, "weight_decay": 0.1, "kappa": 0.2}])
     with pytest.raises(ValueError, match=r"'kappa'.*-1"):
         SIRFShampoo(net, [{"params": weights, "weight_decay": -1}])
+
+
+def test_the_text_of_an_optimizer_folds_equal_groups() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    net = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    for rules in [(PerParameter(),), (LinearWeightBias(), PerParameter())]:
+        optimizer = SIRFShampoo(net, lr=0.25, combine_params=rules)
+        text = repr(optimizer)
+        assert text.startswith("SIRFShampoo (\nParameter Groups 0")
+        assert len(text.splitlines()) < 45
+        assert "lr: 0.25" in text
+        told = sum(map(int, re.findall(r"\((\d+) parameters\)", text)))
+        assert told == len(list(net.parameters()))
+    optimizer.param_groups[1]["lr"] = 0.5
+    assert "Parameter Group 1 (2 parameters)" in repr(optimizer)
+    assert "Parameter Groups 0, 2-" in repr(optimizer)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from conformance import CONTESTANTS, OURS, ROWS, Contestant, Row
 
 from benchmarks import results, tables
+from tests.conformance import CONTESTANTS, OURS, ROWS, Contestant, Row
 
 RECORDED = results.load(results.RESULTS / "conformance.json")
 VERDICTS = {(r["section"], r["title"]): r for r in RECORDED["rows"]}
@@ -38,7 +38,7 @@ def test_recorded_are_exactly_the_rows_of_the_suite() -> None:
 
 
 def test_the_readme_shows_every_recorded_row() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = readme.split("<!-- table: conformance -->\n")[1].split("<!-- end -->")[0]
     assert table == tables.conformance(RECORDED).markdown() + "\n"
     for record in RECORDED["rows"]:

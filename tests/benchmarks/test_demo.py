@@ -134,7 +134,7 @@ def test_picture_that_cannot_be_written_is_refused_early(wrong: str, capsys) -> 
 def test_missing_extra_says_what_to_install() -> None:
     # None in sys.modules makes the import fail as if it were not installed.
     code = "import sys; sys.modules['matplotlib'] = None; import examples.demo"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True
     )

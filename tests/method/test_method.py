@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, FAST, SHAPES, STRUCTURES, Tensors, dtypes_of, mixture
-from conftest import LargestTensor
 from torch import Tensor, nn
-from twin import Twin, assert_agree, find_units
 
 from sirfshampoo import (
     FlattenEmbedding,
@@ -20,6 +17,9 @@ from sirfshampoo import (
     PreconditionerGroup,
     SIRFShampoo,
 )
+from tests.cases import CONFIGS, FAST, SHAPES, STRUCTURES, Tensors, dtypes_of, mixture
+from tests.conftest import LargestTensor
+from tests.twin import Twin, assert_agree, find_units
 
 STEPS = 12
 BATCH = 5
@@ -255,15 +255,18 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*have no gradient:UserWarning")
+@pytest.mark.parametrize("momentum_first", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("T", [1, 3])
-def test_units_without_gradient_rest(pattern: str, T: int, place: Place) -> None:
+def test_parameters_without_gradient_rest(
+    pattern: str, T: int, momentum_first: bool, place: Place
+) -> None:
     model = nn.Sequential(
         Tensors(SHAPES, torch.float64),
         *(nn.Linear(7, 5) for _ in range(3)),
     ).double()
     config = {**FAST, "T": T, "kappa": 0.1, "structures": mixture(2)}
+    config["momentum_first"] = momentum_first
     rules = (LinearWeightBias(), PerParameter())
     optimizer = SIRFShampoo(model, batch_size=BATCH, combine_params=rules, **config)
     twin = twin_of(model, config, ("LinearWeightBias", "PerParameter"))

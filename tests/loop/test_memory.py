@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, SHAPES, Tensors
-from conftest import LargestTensor
 from torch import nn
 
 from sirfshampoo import SIRFShampoo, summary
 from sirfshampoo._report import memory
 from sirfshampoo._report.memory import free_bytes
+from tests.cases import CONFIGS, SHAPES, Tensors
+from tests.conftest import LargestTensor
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAST, STRUCTURES, mixture
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import ExponentialLR
-from twin import Twin, assert_agree, find_units
 
 from sirfshampoo import SIRFShampoo
+from tests.cases import FAST, STRUCTURES, mixture
+from tests.twin import Twin, assert_agree, find_units
 
 STEPS, T, BATCH = 20, 3, 4
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import STRUCTURES
 
 from benchmarks import report, results, soak
+from tests.cases import STRUCTURES
 
 #: `make soak` takes 20,000 steps; in the tests that would be most of their time.
 LONG = 4_000

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import STRUCTURES, Tensors, at_powers_of_two
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sirfshampoo import SIRFShampoo
+from tests.cases import STRUCTURES, Tensors, at_powers_of_two
 
 Shape = tuple[int, ...]
 

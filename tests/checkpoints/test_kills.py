@@ -15,7 +15,7 @@ import torch
 from examples import checkpoints
 from examples.checkpoints import Settings, finish, resume
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def test_killed_runs_end_like_an_uninterrupted_one(
     kills: int, fewest: int, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "kills.py")]
+    command = [sys.executable, "-m", "tests.checkpoints.kills"]
     done = subprocess.run(
         [*command, str(kills), str(tmp_path)],
         env=ENVIRONMENT,

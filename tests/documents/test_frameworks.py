@@ -118,7 +118,7 @@ def test_optimizer_state_that_is_lost_fails_the_example(
 def test_method_in_readme_does_for_lightning_what_the_example_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text("utf-8")
     (method,) = re.findall(r"(?: {4}def optimizer_step.*\n)(?: {8}.*\n)+", readme)
     names: dict[str, Any] = {}
     exec(textwrap.dedent(method), names)

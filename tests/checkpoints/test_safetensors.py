@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAST, MODELS, STRUCTURES, alternate, build, mixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sirfshampoo import SIRFShampoo
+from tests.cases import FAST, MODELS, STRUCTURES, alternate, build, mixture
 
 MIXED = alternate(torch.bfloat16, None, torch.float64, torch.float16)
 StateDict = dict[str, Any]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAST, STRUCTURES
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
 from sirfshampoo._engine.step import Everywhere
+from tests.cases import FAST, STRUCTURES
 
 
 def model() -> nn.Sequential:
@@ -339,20 +339,32 @@ def test_half_precision_factors_stay_when_their_learning_rate_is_zero() -> None:
             assert K.to_dense().float().equal(torch.eye(64))
 
 
-def test_joint_unit_that_misses_a_gradient_rests_and_says_so_once() -> None:
+@pytest.mark.parametrize("momentum_first", [False, True])
+def test_what_is_left_of_a_joint_unit_trains_when_half_is_frozen(
+    momentum_first: bool,
+) -> None:
     net = model()
     optimizer = SIRFShampoo(
-        net, batch_size=3, combine_params=(LinearWeightBias(), PerParameter())
+        net,
+        batch_size=3,
+        kappa=0.1,
+        momentum_first=momentum_first,
+        combine_params=(LinearWeightBias(), PerParameter()),
     )
     draw_gradients(net)
-    net[2].bias.grad = None
-    before = numbers(optimizer, net[2].weight)
-    with pytest.warns(UserWarning, match=r"\['2.bias'\] have no gradient.*2.weight"):
-        optimizer.step()
     optimizer.step()
-    assert all_equal(numbers(optimizer, net[2].weight), before)
-    assert net[0].weight.grad is not None
-    assert optimizer.global_step == 2
+    net[2].bias.requires_grad_(False).grad = None
+    weight, bias = net[2].weight.detach().clone(), net[2].bias.detach().clone()
+    momentum = optimizer.state[net[2].bias]["momentum_buffer"].clone()
+    optimizer.step()
+    assert torch.equal(net[2].bias, bias)
+    assert torch.equal(optimizer.state[net[2].bias]["momentum_buffer"], momentum)
+    assert (net[2].weight != weight).all()
+    assert optimizer.diagnostics()["2.weight+2.bias/update_norm"] > 0
+    net[2].weight.grad = None  # now nothing is left
+    weight.copy_(net[2].weight.detach())
+    optimizer.step()
+    assert torch.equal(net[2].weight, weight)
 
 
 def test_debugging_names_parameters_whose_gradients_are_not_finite() -> None:

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAST, MODELS, build, mixture
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from twin import Twin, assert_agree, find_units
 
 import sirfshampoo
 from sirfshampoo import SIRFShampoo
+from tests.cases import FAST, MODELS, build, mixture
+from tests.twin import Twin, assert_agree, find_units
 
 BATCH = 6
 STEPS = 5

@@ -10,7 +10,7 @@ from torch import nn
 
 from sirfshampoo import SIRFShampoo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
 

@@ -1,4 +1,4 @@
-"""Kills training runs at random moments: `python tests/kills.py KILLS FOLDER`.
+"""Kills training runs at random moments: `python -m tests.checkpoints.kills N FOLDER`.
 
 A process of its own with a single thread: it may fork, and a fork is a run of the
 example `checkpoints.py` that has imported and warmed up all it needs.
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.checkpoints import Settings, Training, finish, resume
 
 SETTINGS = Settings(steps=20, every=1, width=8)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, FAST, MODELS, STRUCTURES, build, mixture
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint
 
 from sirfshampoo import FlattenEmbedding, LinearWeightBias, PerParameter, SIRFShampoo
 from sirfshampoo.structures import structure_class
+from tests.cases import CONFIGS, FAST, MODELS, STRUCTURES, build, mixture
 
 RULES = (LinearWeightBias(), FlattenEmbedding(), PerParameter())
 
@@ -249,10 +249,6 @@ def add_parameter(state_dict: Any) -> None:
     state_dict["param_groups"][0]["params"].append(99)
 
 
-def drop_state(state_dict: Any) -> None:
-    del state_dict["state"][0]
-
-
 def drop_tensor(state_dict: Any) -> None:
     del state_dict["state"][1]["K0.mat"]
 
@@ -298,7 +294,6 @@ def no_groups(state_dict: Any) -> None:
     [
         drop_group,
         add_parameter,
-        drop_state,
         drop_tensor,
         unknown_tensor,
         other_shape,

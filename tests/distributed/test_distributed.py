@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import distributed_cases as cases
-from tests.ranks import Ranks, until_one_fails
+from tests.distributed import distributed_cases as cases
+from tests.distributed.ranks import Ranks, until_one_fails
 
 OWNED = pytest.mark.parametrize("owned", [False, True])
 WAYS = pytest.mark.parametrize("way", ["ddp", "fsdp"])

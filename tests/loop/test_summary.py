@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, FAST, MODELS, SHAPES, STRUCTURES, Tensors
-from conftest import LargestTensor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
@@ -26,6 +24,8 @@ from sirfshampoo import (
 )
 from sirfshampoo._report.table import tell_bytes
 from sirfshampoo.structures import structure_class
+from tests.cases import CONFIGS, FAST, MODELS, SHAPES, STRUCTURES, Tensors
+from tests.conftest import LargestTensor
 
 RULES = (LinearWeightBias(), FlattenEmbedding(), PerParameter())
 
@@ -463,7 +463,7 @@ def test_a_summary_cannot_be_changed() -> None:
 def test_the_figures_of_the_readme() -> None:
     with torch.device("meta"):
         model = GPT2()
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     dense = summary(model).totals["state_bytes"]
     chosen = summary(model, choose_structures(model)).totals["state_bytes"]
     adamw = 2 * 4 * sum(p.numel() for p in model.parameters())

@@ -10,15 +10,15 @@ from time import perf_counter
 
 import pytest
 import torch
-from cases import DOCUMENTED_STRUCTURES, STRUCTURES
-from conftest import LargestTensor
 from torch import Tensor
-from twin import PROJECTIONS
 
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, structure_class
 from sirfshampoo.structures.base import StructuredMatrix
 from sirfshampoo.structures.block_diagonal import block_diagonal
 from sirfshampoo.structures.hierarchical import hierarchical
+from tests.cases import DOCUMENTED_STRUCTURES, STRUCTURES
+from tests.conftest import LargestTensor
+from tests.twin import PROJECTIONS
 
 DIMS = (0, 1, 7, 15, 16, 29, 30, 31, 60, 61, 97)
 BATCHES = ((), (3,))

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAST, SHAPES, STRUCTURES, Tensors, mixture
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
-from twin import Twin, assert_agree, find_units
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo, summary
 from sirfshampoo._engine.spread import costliest_step, spread
+from tests.cases import FAST, SHAPES, STRUCTURES, Tensors, mixture
+from tests.twin import Twin, assert_agree, find_units
 
 BATCH = 4
 
