@@ -97,6 +97,7 @@ class SIRFShampoo(UnitOptimizer):
         max_update_norm: float | None = None,
         max_update_rms: float | None = None,
         cautious_decay: bool = False,
+        expected_batch_size: int | None = None,
     ) -> None:
         """Set up the optimizer.
 
@@ -207,6 +208,9 @@ class SIRFShampoo(UnitOptimizer):
             cautious_decay: Whether `kappa` shrinks only the weights that U shrinks,
                 too, those where U · W > 0 ("Cautious Weight Decay", arXiv 2510.12402):
                 weights that have to grow are not held back, noise is.
+            expected_batch_size: For how many examples a step the other settings are
+                made; `recipe` gives it. A warning tells if others are counted for
+                several steps on end. Default: None, any number will do.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
@@ -223,6 +227,7 @@ class SIRFShampoo(UnitOptimizer):
             max_update_norm=max_update_norm,
             max_update_rms=max_update_rms,
             cautious_decay=cautious_decay,
+            expected_batch_size=expected_batch_size,
         )
         defaults = {
             "lr": lr,
@@ -254,7 +259,7 @@ class SIRFShampoo(UnitOptimizer):
             defaults,
             model=known,
             engine=Engine(variant, ranks, owners, allocates=self._ALLOCATES),
-            batch_size=BatchSizeCounter(batch_size),
+            batch_size=BatchSizeCounter(batch_size, expected_batch_size),
         )
         if verbose_init:
             print(self._summary())

@@ -112,6 +112,7 @@ def recipe(
         "max_update_norm": longest,
         "max_update_rms": longest / _ENTRIES_AT_LONGEST**0.5,
         "cautious_decay": True,
+        "expected_batch_size": batch_size,
     }
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sirfshampoo._config.checks import Check, check_flag, check_limit, one_of
+from sirfshampoo._config.checks import (
+    Check,
+    check_count,
+    check_flag,
+    check_limit,
+    one_of,
+    or_none,
+)
 
 
 def _option(default: Any, check: Check) -> Any:
@@ -15,7 +22,7 @@ def _option(default: Any, check: Check) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Where an optimizer departs from Figure 3; see the constructor's arguments.
+    """The options beyond the documented ones; see the constructor's arguments.
 
     A new option is a field here, and an argument of the constructor with its text.
 
@@ -31,6 +38,7 @@ class Variant:
     max_update_norm: float | None = _option(None, check_limit)
     max_update_rms: float | None = _option(None, check_limit)
     cautious_decay: bool = _option(False, check_flag)
+    expected_batch_size: int | None = _option(None, or_none(check_count))
 
     def __post_init__(self) -> None:
         """Check all values."""

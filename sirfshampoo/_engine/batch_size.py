@@ -19,6 +19,10 @@ from sirfshampoo._engine.examples import (
     takes_keywords,
     tensors_in,
 )
+from sirfshampoo._engine.warn import warn_of_batch_size
+
+#: After how many steps on end with another batch size than expected to warn.
+_PATIENCE = 5
 
 _Gradients = list[tuple[Tensor | None, int]]
 
@@ -50,8 +54,10 @@ class BatchSizeCounter:
         params: The trained parameters.
     """
 
-    def __init__(self, batch_size: int | Count) -> None:
+    def __init__(self, batch_size: int | Count, expected: int | None = None) -> None:
         self.params: list[Tensor] = []
+        self._expected = expected
+        self._unexpected: list[int] = []  # batch sizes of the last steps on end
         self._count: Count | None = None
         self._last = 0  # the batch size of the last step, or the integer
         self._counted = 0  # examples whose gradients are there
@@ -181,11 +187,25 @@ class BatchSizeCounter:
 
     def close(self, size: int) -> None:
         """Note that a step has used the gradients of `size` examples."""
+        if size and self._expected is not None:
+            self._look_for_disagreement(size, self._expected)
         if self._count is not None:
             self._last = size or self._last
             self._announced = 0
             self._arriving.clear()  # of backward passes that failed
             self.forget()
+
+    def _look_for_disagreement(self, size: int, expected: int) -> None:
+        """Warn once if what is counted is not what the settings are made for."""
+        self._unexpected = [*self._unexpected[1 - _PATIENCE :], size]
+        if size == expected:
+            self._unexpected.clear()
+        last = set(self._unexpected)
+        far = all(not expected / 1.5 <= n <= 1.5 * expected for n in last)
+        # a number that stays is a mistake; one that varies may be buckets of a loader
+        if len(self._unexpected) >= _PATIENCE and (len(last) == 1 or far):
+            self._expected = None  # once is enough
+            warn_of_batch_size(sorted(last), expected)
 
 
 def _end(counter: weakref.ref[BatchSizeCounter], task: int, before: _Gradients) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -18,6 +17,7 @@ from sirfshampoo._config.groups import (
     plain_numbers,
 )
 from sirfshampoo._engine.units import Unit
+from sirfshampoo._engine.warn import tell
 from sirfshampoo.structures import structure_class
 
 Group = Mapping[str, Any]
@@ -123,10 +123,9 @@ def check_fit(
                 _check_entries(f"parameter {key}", found[p], p, shapes[p])  # the frozen
                 by_parameter[p] = found[p]
     if anew:
-        warnings.warn(
+        tell(
             f"The state dict holds nothing for {anew}, as if they were frozen when it "
-            "was saved: their pre-conditioners start anew.",
-            stacklevel=3,
+            "was saved: their pre-conditioners start anew."
         )
 
     # of what is frozen, torch.distributed.checkpoint may leave the present state

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 
 from sirfshampoo._distributed import local
 from sirfshampoo._engine.units import Unit
 
-#: From here to the line of the user's that called `step`, through torch's wrapper, or
-#: the constructor, through those that it calls.
-_TO_USER_OF_STEP, _TO_USER_OF_CONSTRUCTOR = 5, 6
+
+def tell(message: str) -> None:
+    """Warn at the user's line: the first outside of this package and of torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_INSIDE = ("sirfshampoo.", "torch.")
 
 
 def warn_of_callable_interval(names: Sequence[str]) -> None:
     """Warn that `spread_updates` does nothing for parameters."""
-    warnings.warn(
+    tell(
         "spread_updates=True has no effect on groups with a callable 'T', which says "
-        f"itself when to update: {list(names)}. Use an integer to have them spread.",
-        stacklevel=_TO_USER_OF_CONSTRUCTOR,
+        f"itself when to update: {list(names)}. Use an integer to have them spread."
     )
 
 
@@ -33,8 +40,19 @@ def warn_of_non_finite_gradients(
         if p.grad is not None and not bool(local(p.grad).isfinite().all())
     ]
     if sick:
-        warnings.warn(
+        tell(
             f"The gradients of {sick} are not finite: their pre-conditioners rest in "
-            "this step.",
-            stacklevel=_TO_USER_OF_STEP,
+            "this step."
         )
+
+
+def warn_of_batch_size(counted: Sequence[int], expected: int) -> None:
+    """Warn that settings are made for another batch size than what is counted."""
+    numbers = " or ".join(map(str, counted[:3]))
+    tell(
+        f"{numbers} examples are counted in each of the last steps, but the settings "
+        f"are made for {expected}: the learning rate is off. If {expected} is right, "
+        f"pass batch_size={expected} to SIRFShampoo, or a callable that counts the "
+        "model's inputs (time-major ones have the batch on their second axis); else "
+        f"tell the recipe batch_size={counted[0]}."
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from sirfshampoo import SIRFShampoo
+from sirfshampoo import SIRFShampoo, recipe
 from sirfshampoo.optimizer import get_batch_size
 
 
@@ -293,3 +293,109 @@ def test_outputs_may_be_traced_saved_and_of_a_class_with_slots(tmp_path: Any) ->
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.trace(plain, torch.randn(4, 3))
     assert watching.batch_size == 4
+
+
+class Graphs:
+    """What libraries for graphs hand to a model: nodes of several graphs at once."""
+
+    def __init__(self, graphs: int, nodes: int) -> None:
+        self.x = torch.randn(nodes, 3)
+        self.num_graphs = graphs
+
+
+class Pair:
+    """An object without a word on its size."""
+
+    def __init__(self) -> None:
+        self.label, self.x = "pair", torch.randn(6, 3)
+
+
+def packed(*lengths: int) -> Any:
+    sequences = [torch.randn(length, 3) for length in lengths]
+    return nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+
+
+def jagged(*lengths: int) -> Tensor:
+    sequences = [torch.randn(length, 3) for length in lengths]
+    return torch.nested.nested_tensor(sequences, layout=torch.jagged)
+
+
+def images(*sizes: tuple[int, int]) -> list[Tensor]:
+    return [torch.randn(3, *size) for size in sizes]
+
+
+EXAMPLES: dict[str, tuple[Any, int]] = {
+    "packed sequences": (packed(7, 3, 9, 1, 5), 5),
+    "images of different sizes": (images((8, 9), (7, 5), (30, 20), (9, 9)), 4),
+    "images of equal sizes": (images((8, 9), (8, 9)), 2),
+    "one image in a list": (images((8, 9)), 1),
+    "sequences in a list": ([torch.randn(n, 3) for n in (4, 2, 7)], 3),
+    "inputs that share a batch": ([torch.randn(6, 3), torch.randn(6, 5)], 6),
+    "inputs of several shapes": ([torch.randn(6, 3), torch.randn(6)], 6),
+    "graphs": (Graphs(graphs=4, nodes=25), 4),
+    "an object with tensors": (Pair(), 6),
+    "a nested tensor": (jagged(4, 2, 7), 3),
+    "a mapping": ({"ids": torch.zeros(6, 9), "mask": torch.zeros(6, 9)}, 6),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_counted_where_they_can_be_known(name: str) -> None:
+    inputs, expected = EXAMPLES[name]
+    assert get_batch_size((inputs,)) == expected
+    assert get_batch_size((None, inputs, torch.randn(50, 2))) == expected
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 4)
+
+    def forward(self, sequences: Any) -> Any:
+        return self.gru(sequences)[0]
+
+
+def test_packed_sequences_count_in_training() -> None:
+    model = Recurrent()
+    optimizer = SIRFShampoo(model)
+    model(packed(7, 3, 9, 1, 5)).data.square().mean().backward()
+    optimizer.step()
+    assert optimizer.batch_size == 5
+
+
+def test_a_batch_size_that_the_settings_are_not_made_for_is_told_once() -> None:
+    model = Recurrent()
+    optimizer = SIRFShampoo(model, expected_batch_size=4)
+
+    def steps(number: int) -> None:
+        for _ in range(number):  # time-major: 50 steps of 4 sequences
+            optimizer.zero_grad()
+            model(torch.randn(50, 4, 3)).square().mean().backward()
+            optimizer.step()
+
+    steps(4)
+    with pytest.warns(UserWarning, match=r"50 examples are counted.*batch_size=4 to"):
+        steps(1)
+    steps(10)
+
+
+def test_a_last_smaller_batch_and_buckets_are_no_mistake() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model, expected_batch_size=8)
+    for size in [8, 8, 3, 8, 8, 3, *([7, 9, 8, 10, 6] * 3), 2, 3, 4, 8]:
+        optimizer.zero_grad()
+        train_on(model, torch.randn(size, 3))
+        optimizer.step()
+        assert optimizer.batch_size == size
+
+
+def test_an_integer_that_the_settings_are_not_made_for_is_told() -> None:
+    model = nn.Linear(3, 2)
+    arguments = recipe(model, batch_size=8)
+    optimizer = SIRFShampoo(model, batch_size=4, **arguments)
+    train_on(model, torch.randn(4, 3))
+    for _ in range(4):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="4 examples are counted.* are made for 8"):
+        optimizer.step()
