@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test test-all check check-all bench bench-train conformance scale soak report clean
+.PHONY: help setup demo lint test test-all check check-all bench bench-train gpu conformance scale soak report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
@@ -52,6 +52,9 @@ bench: setup ## time step() beside AdamW, Muon, SOAP, ... (under 10 minutes)
 
 bench-train: setup ## train beside AdamW, Muon, SOAP, ... (hours, goes on where it stopped; ARGS=--quick)
 	@$(RUN) -m benchmarks.train $(ARGS)
+
+gpu: ## test, time and train on a GPU, in 8 minutes, with the python at hand
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 conformance: setup ## measure every line of the compatibility table
 	@$(RUN) -m tests.conformance $(ARGS)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from benchmarks import results, tables
 from benchmarks.environment import ROOT
+from benchmarks.gpu import tables as visits
 from benchmarks.training import pictures
 from benchmarks.training import tables as training
 from benchmarks.training.tasks import TASKS
@@ -51,6 +52,12 @@ OVERVIEWS: dict[str, Callable[[Sequence[dict[str, Any]]], Markdown]] = {
     "batch_sizes": training.batch_sizes,
 }
 """Tables of all training tasks; a second word names another folder than `train`."""
+
+VISITS: dict[str, Callable[[Path], str]] = {
+    "gpu": visits.gpu_table,
+    "gpu_details": visits.gpu_details,
+}
+"""What a visit to a GPU has found, or that there was none."""
 
 MARKER = re.compile(
     r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w./-]+))? -->\n)"
@@ -95,6 +102,9 @@ def render(text: str, folder: Path) -> tuple[str, int]:
 
     def fill(match: re.Match[str]) -> str:
         grid: Markdown
+        if match["table"] in VISITS:  # there may be none
+            told = VISITS[match["table"]](folder / "gpu")
+            return f"{match['open']}{told}\n{match['close']}"
         if match["table"] == "workloads":
             grid = tables.workloads(stepped(folder))
         elif match["table"] in OVERVIEWS:
@@ -107,7 +117,7 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         else:
             raise ValueError(
                 f"The text asks for table {match['table']!r}; "
-                f"there are {', '.join([*TABLES, 'workloads', *OVERVIEWS])}."
+                f"there are {', '.join([*TABLES, 'workloads', *VISITS, *OVERVIEWS])}."
             )
         return f"{match['open']}{grid.markdown()}\n{match['close']}"
 

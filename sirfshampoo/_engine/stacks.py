@@ -90,7 +90,7 @@ class Stack:
         self.V = None
         if has_V:
             self.V = zero_momenta(units, held=held)
-        self.step = torch.full((len(units),), step, dtype=torch.int64)
+        self.step = torch.full((len(units),), step, dtype=torch.int64, device="cpu")
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
 
         self._kinds = [(p.device, p.dtype) for p in first.params]

@@ -55,7 +55,7 @@ class Workspace:
         sizes = [t.numel() for t in K.tensors()]
         buffer = self._buffers.get((K.dtype, slot))
         if buffer is None or buffer.numel() < sum(sizes):
-            buffer = torch.empty(sum(sizes), dtype=K.dtype)
+            buffer = torch.empty(sum(sizes), dtype=K.dtype, device=K.device)
             self._buffers[K.dtype, slot] = buffer
         parts = buffer[: sum(sizes)].split(sizes)
         pairs = zip(parts, K.tensors(), strict=True)
