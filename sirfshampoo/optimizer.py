@@ -97,6 +97,7 @@ class SIRFShampoo(UnitOptimizer):
         max_update_norm: float | None = None,
         max_update_rms: float | None = None,
         cautious_decay: bool = False,
+        decay_vectors: bool = True,
         expected_batch_size: int | None = None,
     ) -> None:
         """Set up the optimizer.
@@ -139,9 +140,10 @@ class SIRFShampoo(UnitOptimizer):
                 tuple of names, one for each axis, such as
                 ``{1: 'dense', 2: ('dense', 'diagonal'), 3: 'diagonal'}``. Names are
                 ``'dense'``, ``'diagonal'``, ``'block30diagonal'``,
-                ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, and
-                those with other sizes, such as ``'block64diagonal'`` and
-                ``'hierarchical8_8'``.
+                ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, those
+                with other sizes, such as ``'block64diagonal'`` and
+                ``'hierarchical8_8'``, and ``'dense1024'``: ``'dense'`` for axes up to
+                1024, ``'diagonal'`` for longer ones.
             preconditioner_dtypes: The data type of the Kronecker factors, in the same
                 format: float16, bfloat16, float32, float64, or None for the type of
                 the parameter.
@@ -208,6 +210,8 @@ class SIRFShampoo(UnitOptimizer):
             cautious_decay: Whether `kappa` shrinks only the weights that U shrinks,
                 too, those where U · W > 0 ("Cautious Weight Decay", arXiv 2510.12402):
                 weights that have to grow are not held back, noise is.
+            decay_vectors: Whether `kappa` shrinks parameters with one axis, such as
+                biases and norms, too; axes of size 1 do not count.
             expected_batch_size: For how many examples a step the other settings are
                 made; `recipe` gives it. A warning tells if others are counted for
                 several steps on end. Default: None, any number will do.
@@ -227,6 +231,7 @@ class SIRFShampoo(UnitOptimizer):
             max_update_norm=max_update_norm,
             max_update_rms=max_update_rms,
             cautious_decay=cautious_decay,
+            decay_vectors=decay_vectors,
             expected_batch_size=expected_batch_size,
         )
         defaults = {

@@ -26,6 +26,9 @@ _LONGEST, _STEPS_AT_LONGEST, _ENTRIES_AT_LONGEST = 430.0, 400, 8192
 #: The steps of a run that nobody tells.
 _USUAL_STEPS = 1000
 
+#: Tensors have at most so many axes.
+_AXES = range(2, 9)
+
 #: Weights shrink by the first in a step, or by the second over all, if that is less.
 _SHRINK, _SHRINK_OVERALL = 0.015, 5.0
 
@@ -67,9 +70,7 @@ def recipe(
             diagonal factors.
 
     Returns:
-        Keyword arguments. Change or add what you like before you pass them on; but
-        `kappa` and `structures` stand in the groups of ``params``, and win there, and
-        a rule of `combine_params` joins only what is in one group.
+        Keyword arguments. Change or add what you like before you pass them on.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -83,9 +84,7 @@ def recipe(
     if steps is not None:
         check_count("steps", steps)
     check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
-    # what is frozen may be thawed later, if it is of a type that can be trained
-    params = [p for p in model.parameters() if p.requires_grad or p.is_floating_point()]
-    size = max(sum(p.numel() for p in params if p.requires_grad), 1)
+    size = max(sum(p.numel() for p in model.parameters() if p.requires_grad), 1)
     # with the inverse in place of its power ¾, U would have the length √(size / B) in
     # the metric that it inverts; with the square root, entries of about 1 / √B
     own = _RATE * lr * batch_size**0.5 / size**0.25
@@ -98,13 +97,14 @@ def recipe(
     ratio = min(_STEPS_AT_LONGEST / (steps or _USUAL_STEPS), 1.0)
     longest = _LONGEST * lr / own * ratio**0.5
     return {
-        "params": _groups(params, max_dense, shrink / own if shrink else 0.0),
         "lr": own,
         "beta2": 0.3,
         "alpha1": float(betas[0]),
         "alpha2": 0.0,
         "lam": 1e-6,
+        "kappa": shrink / own,
         "T": GrowingInterval(10),
+        "structures": {1: "diagonal"} | dict.fromkeys(_AXES, f"dense{max_dense}"),
         "initial_factors": "gradient",
         "exponent": 0.75,
         "momentum_first": True,
@@ -112,27 +112,9 @@ def recipe(
         "max_update_norm": longest,
         "max_update_rms": longest / _ENTRIES_AT_LONGEST**0.5,
         "cautious_decay": True,
+        "decay_vectors": False,
         "expected_batch_size": batch_size,
     }
-
-
-def _groups(
-    params: list[Parameter], max_dense: int, kappa: float
-) -> list[dict[str, Any]]:
-    """Return parameter groups of equal structures; vectors without weight decay."""
-    groups: dict[tuple[str, ...], list[Parameter]] = {}
-    for p in params:
-        dims = [d for d in p.shape if d != 1] or [1]
-        axes = tuple("dense" if d <= max_dense else "diagonal" for d in dims)
-        groups.setdefault(axes if len(dims) > 1 else ("diagonal",), []).append(p)
-    return [
-        {
-            "params": members,
-            "structures": {len(axes): axes},
-            "kappa": kappa if len(axes) > 1 else 0.0,
-        }
-        for axes, members in groups.items()
-    ]
 
 
 @dataclass(frozen=True)

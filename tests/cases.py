@@ -95,6 +95,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "kappa": 0.5,
         "structures": mixture(1),
     },
+    "vectors-do-not-decay": {
+        **FAST,
+        "decay_vectors": False,
+        "kappa": 0.5,
+        "structures": mixture(1),
+    },
     "exponent=0.5": {**FAST, "exponent": 0.5, "structures": mixture(0, SYMMETRIC)},
     "exponent=0.5-diagonal": {**FAST, "exponent": 0.5, "structures": "diagonal"},
     "exponent=0.75": {**FAST, "exponent": 0.75, "structures": mixture(0, SYMMETRIC)},
@@ -135,6 +141,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_update_rms": 0.02,
         "kappa": 0.1,
         "cautious_decay": True,
+        "decay_vectors": False,
         "structures": mixture(2, SYMMETRIC),
     },
     "all-options-diagonal-bfloat16": {

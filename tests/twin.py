@@ -224,6 +224,7 @@ class Twin:
         max_update_norm: float | None = None,
         max_update_rms: float | None = None,
         cautious_decay: bool = False,
+        decay_vectors: bool = True,
     ) -> None:
         """Take units as `find_units` returns them, and the documented settings."""
         settings = {k: v for k, v in locals().items() if k not in ("self", "units")}
@@ -300,6 +301,8 @@ class Twin:
             U = U * min(1.0, limit / size)
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
+            if not s["decay_vectors"] and sum(d != 1 for d in decayed.shape) < 2:
+                decayed = 0 * decayed
             if s["cautious_decay"]:
                 decayed = decayed * (P * decayed > 0)
             P = P + s["kappa"] * decayed

@@ -29,7 +29,8 @@ def check_model(model: Any, params: Any) -> None:
     if params is not None:
         raise ValueError(
             "Argument 'params' must be None if parameters stand in the place of "
-            f"'model', got {type(params).__name__}."
+            f"'model', got {type(params).__name__}. Pass the model itself as the first "
+            "argument."
         )
 
 
@@ -45,7 +46,7 @@ def check_batch_size(batch_size: Any, model: Any) -> None:
         raise ValueError(
             "Argument 'batch_size' must be an integer > 0 if parameters stand in the "
             "place of 'model': there are no forward passes to count examples in. Got "
-            f"{batch_size!r}."
+            f"{batch_size!r}. Or pass the model itself as the first argument."
         )
 
 

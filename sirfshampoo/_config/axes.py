@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sirfshampoo.structures import structure_class
+
+#: 'dense1024' is 'dense' for axes up to 1024, 'diagonal' for longer ones.
+_LIMITED = re.compile("dense([1-9][0-9]*)")
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -17,10 +21,11 @@ def check_structure(argument: str, name: Any) -> None:
     if not isinstance(name, str):
         raise ValueError(f"Argument '{argument}' must name structures, got {name!r}.")
     try:
-        structure_class(name)
+        structure_class(_of_axis(name, 0))
     except ValueError as error:
         raise ValueError(
-            f"Argument '{argument}' must name supported structures. {error}"
+            f"Argument '{argument}' must name supported structures. {error} "
+            "'dense<size>' stands for 'dense' up to a size and 'diagonal' beyond."
         ) from None
 
 
@@ -77,13 +82,22 @@ def _of_axes(argument: str, specification: Any, ndim: int) -> tuple[Any, ...]:
     return tuple(entries)
 
 
-def structures_of_axes(specification: Any, ndim: int) -> tuple[str, ...]:
-    """Return the structure of each axis of a tensor with `ndim` axes.
+def structures_of_axes(specification: Any, dims: Sequence[int]) -> tuple[str, ...]:
+    """Return the structure of each axis of a tensor of a shape.
 
     Raises:
         ValueError: If the specification does not say it.
     """
-    return _of_axes("structures", specification, ndim)
+    names = _of_axes("structures", specification, len(dims))
+    return tuple(_of_axis(name, dim) for name, dim in zip(names, dims, strict=True))
+
+
+def _of_axis(name: str, dim: int) -> str:
+    """Return the structure of an axis by a name that may depend on its length."""
+    limited = _LIMITED.fullmatch(name)
+    if limited is None:
+        return name
+    return "dense" if dim <= int(limited[1]) else "diagonal"
 
 
 def dtypes_of_axes(

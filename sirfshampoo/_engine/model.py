@@ -10,7 +10,7 @@ from torch.nn import Module, Parameter
 
 from sirfshampoo._config.arguments import check_rule
 from sirfshampoo._config.axes import SUPPORTED_DTYPES
-from sirfshampoo._engine.units import Unit
+from sirfshampoo._engine.units import OUTSIDE, Unit
 from sirfshampoo.combiner import PreconditionerGroup
 
 
@@ -72,7 +72,7 @@ class KnownModel:
         known = () if self.module is None else self.module.named_parameters()
         names = {id(p): name for name, p in known}
         return [
-            names.get(id(p), f"a tensor of shape {tuple(p.shape)} outside the model")
+            names.get(id(p), f"a tensor of shape {tuple(p.shape)} {OUTSIDE}")
             for p in params
         ]
 

@@ -15,6 +15,7 @@ from sirfshampoo._engine.kept import Preparation
 from sirfshampoo._engine.momenta import add_gradients, whole_momenta
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
+from sirfshampoo._engine.units import is_matrix
 from sirfshampoo._method import elementwise
 from sirfshampoo._method.descent import descend, limit_update
 from sirfshampoo._method.factors import Workspace, start_factors, update_factors
@@ -134,6 +135,7 @@ def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
         moves: Which rows move; None: all.
     """
     settings, variant = task.settings, task.settings.variant
+    decays = variant.decay_vectors or is_matrix(task.units[0].params[j])
     V = None
     if task.stack.V is not None and not variant.momentum_first:
         V = task.stack.V[j][task.rows]
@@ -144,7 +146,7 @@ def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
         moves=moves,
         lr=task.rate(U.device),
         alpha1=settings.alpha1,
-        kappa=settings.kappa,
+        kappa=settings.kappa if decays else 0.0,
         nesterov=variant.nesterov,
         cautious=variant.cautious_decay,
     )

@@ -18,6 +18,9 @@ from sirfshampoo._distributed import whole_rows
 from sirfshampoo.combiner import PreconditionerGroup
 from sirfshampoo.structures import structure_class
 
+#: How the name ends of a parameter that is not the model's.
+OUTSIDE = "outside the model"
+
 
 @dataclass(frozen=True, eq=False)
 class Unit:
@@ -91,6 +94,11 @@ class Unit:
         )
 
 
+def is_matrix(p: Tensor) -> bool:
+    """Return whether a parameter has several axes; those of size 1 do not count."""
+    return sum(d != 1 for d in p.shape) > 1
+
+
 @torch.no_grad()
 def form_units(
     group: Mapping[str, Any],
@@ -127,7 +135,7 @@ def form_units(
         if key not in joint:
             joint[key] = _joint_tensor(members, rule)
         dims, dtype = joint[key]
-        structures = structures_of_axes(group["structures"], len(dims))
+        structures = structures_of_axes(group["structures"], dims)
         dtypes = dtypes_of_axes(group["preconditioner_dtypes"], len(dims), dtype)
         T = group["T"]
         new = {
@@ -186,8 +194,12 @@ def _claims(
         orphans = [names[i] for i in sorted(position[key] for key in free)]
         raise ValueError(
             "Argument 'combine_params' must have a rule for every parameter, got none "
-            f"for {orphans}. Append PerParameter(), which takes any parameter of the "
-            "model."
+            f"for {orphans}. "
+            + (
+                "They belong to another model than 'model'."
+                if all(name.endswith(OUTSIDE) for name in orphans)
+                else "Append PerParameter(), which takes any parameter of the model."
+            )
         )
     return claims
 

@@ -59,7 +59,7 @@ def test_constructor_has_the_documented_arguments_in_order() -> None:
 def test_options_for_all_parameters_arrive(option: Any) -> None:
     values = {"initial_factors": "gradient", "exponent": 0.5}
     values |= {"max_update_norm": 2.0, "max_update_rms": 0.1, "expected_batch_size": 3}
-    value = values.get(option.name, True)
+    value = values.get(option.name, not option.default)
     assert value != option.default
     optimizer = SIRFShampoo(model(), **{option.name: value})
     assert optimizer._engine.variant == replace(Variant(), **{option.name: value})

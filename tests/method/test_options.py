@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from sirfshampoo import GrowingInterval, SIRFShampoo, recipe
+from sirfshampoo import (
+    GrowingInterval,
+    LinearWeightBias,
+    PerParameter,
+    SIRFShampoo,
+    recipe,
+)
 
 OPTIONS: dict[str, Any] = {
     "initial_factors": "gradient",
@@ -334,10 +340,15 @@ def test_the_recipe_takes_shorter_steps_in_long_runs(
 def test_the_recipe_shrinks_matrices(arguments: dict[str, Any], shrink: float) -> None:
     model = nn.Linear(4, 3)
     found = recipe(model, batch_size=8, **arguments)
-    optimizer = SIRFShampoo(model, batch_size=8, **found)
-    of_weight, of_bias = (g["kappa"] * g["lr"] for g in optimizer.param_groups)
-    assert of_weight == pytest.approx(shrink)
-    assert of_bias == 0.0
+    assert found["kappa"] * found["lr"] == pytest.approx(shrink)
+    # where gradients are 0, nothing but the decay moves parameters
+    optimizer = SIRFShampoo(model, batch_size=8, **{**found, "cautious_decay": False})
+    weight, bias = (p.detach().clone() for p in model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), (1 - shrink) * weight)
+    assert torch.equal(model.bias, bias)
 
 
 @pytest.mark.parametrize(
@@ -365,3 +376,35 @@ def test_the_recipe_wants_a_model() -> None:
         ValueError, match=r"'model' must be a torch\.nn\.Module, got gen"
     ):
         recipe(parameters, batch_size=8)
+
+
+def test_what_is_written_on_top_of_the_recipe_holds() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False))
+    given = recipe(model, batch_size=8, steps=100)
+    plain = SIRFShampoo(model, **given)
+    assert all(group["kappa"] == given["kappa"] > 0 for group in plain.param_groups)
+    still = SIRFShampoo(model, **{**given, "kappa": 0})
+    assert [group["kappa"] for group in still.param_groups] == [0, 0, 0]
+    lean = SIRFShampoo(model, **{**given, "structures": "diagonal"})
+    names = {n for group in lean.param_groups for n in group["structures"]}
+    assert names == {"diagonal"}
+    rules = (LinearWeightBias(), PerParameter())
+    joint = SIRFShampoo(model, **{**given, "combine_params": rules})
+    assert [len(group["params"]) for group in joint.param_groups] == [2, 1]
+
+
+def test_the_recipe_serves_parameters_without_their_model() -> None:
+    model = nn.Linear(6, 5)
+    given = recipe(model, batch_size=8)
+    optimizer = SIRFShampoo(model.parameters(), batch_size=8, **given)
+    assert len(optimizer.param_groups) == 2
+    with pytest.raises(ValueError, match="pass the model itself"):
+        SIRFShampoo(model.parameters(), **given)
+    with pytest.raises(ValueError, match="Pass the model itself"):
+        SIRFShampoo(model.parameters(), list(model.parameters()), batch_size=8)
+
+
+def test_parameters_of_another_model_are_told() -> None:
+    model, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    with pytest.raises(ValueError, match="belong to another model than 'model'"):
+        SIRFShampoo(model, list(other.parameters()))
