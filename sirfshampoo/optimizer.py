@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from sirfshampoo._config.arguments import check_batch_size, check_model
+from sirfshampoo._config.checks import check_flag
 from sirfshampoo._config.groups import adopt_cycled_momentum, check_options
 from sirfshampoo._config.variant import Variant
-from sirfshampoo._distributed import Ranks, is_initialized
+from sirfshampoo._distributed import Ranks, check_sharing, is_initialized
 from sirfshampoo._engine.batch_size import BatchSizeCounter
 from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.examples import get_batch_size
@@ -21,7 +23,6 @@ from sirfshampoo._engine.owners import Owners
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.step import take_steps
 from sirfshampoo._engine.unit_optimizer import UnitOptimizer
-from sirfshampoo._engine.units import Unit
 from sirfshampoo._engine.warn import warn_of_non_finite_gradients
 from sirfshampoo._method.device import untraced
 from sirfshampoo._method.precision import full_precision
@@ -66,7 +67,7 @@ class SIRFShampoo(UnitOptimizer):
     """
 
     SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix]] = SUPPORTED_STRUCTURES
-    _ALLOCATES: ClassVar[bool] = True
+    _MEMORY_CHECK = staticmethod(check_memory)
 
     def __init__(
         self,
@@ -175,10 +176,11 @@ class SIRFShampoo(UnitOptimizer):
             initial_factors: Where factors start: at ``'identity'``; or at
                 ``'gradient'``, that is at (B · mean(G²) + lam)^(−1/(2N)) · I of the
                 gradient G, with N axes. The first gradient updates factors whatever `T`
-                says, if it is finite (with `shard_preconditioners`: the first that `T`
-                says); until then they are 0, and parameters rest, but for the weight
-                decay. It spares the updates that pass from the identity until factors
-                have the gradient's scale.
+                says. Until a finite one has come they are 0, and parameters rest, but
+                for the weight decay (after one that is not, a CPU tries the next, an
+                accelerator and `shard_preconditioners` that which `T` says). It spares
+                the updates that pass from the identity until factors have the
+                gradient's scale.
             exponent: Which power p of the inverse (K_1 ⊗ … ⊗ K_N)(K_1 ⊗ … ⊗ K_N)ᵀ
                 pre-conditions: 1; 0.5, as in Shampoo, SOAP and, element by element,
                 Adam; or 0.75 between. A smaller one trusts rare directions less, and
@@ -222,6 +224,8 @@ class SIRFShampoo(UnitOptimizer):
         """
         check_model(model, params)
         check_batch_size(batch_size, model)
+        check_flag("verbose_init", verbose_init)
+        check_sharing(shard_preconditioners)
         variant = Variant(
             spread_updates=spread_updates,
             initial_factors=initial_factors,
@@ -255,6 +259,7 @@ class SIRFShampoo(UnitOptimizer):
             params = known.trainable()
 
         self.debug = False
+        self._cycled: list[float | None] = []  # momenta that schedulers wrote last
         owners = None
         if shard_preconditioners is not False and is_initialized():
             owners = Owners(shard_preconditioners)
@@ -268,14 +273,6 @@ class SIRFShampoo(UnitOptimizer):
         )
         if verbose_init:
             print(self._summary())
-
-    def _check_memory(
-        self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Check that there is memory for what `_restack` allocates."""
-        if self._ALLOCATES:
-            held = [unit for unit in units if self._engine.holds(unit)]
-            check_memory(held, groups, self._model.names_of)
 
     # ------------------------------------------------------------------------- step
 
@@ -306,7 +303,7 @@ class SIRFShampoo(UnitOptimizer):
         with full_precision({task.skipped.device.type for task in tasks}):
             workspace, route = self._engine.workspace, self._engine.route()
             take_steps(tasks, batch_size, workspace, route)
-        self._close(batch_size)
+        self._close(tasks, batch_size)
 
     @untraced
     def _plan(self) -> tuple[list[Task], int]:
@@ -326,18 +323,20 @@ class SIRFShampoo(UnitOptimizer):
             self._allocate()  # some were frozen
         if self.debug:
             warn_of_non_finite_gradients(units, self._unit_names())
-        for group in self.param_groups:
-            adopt_cycled_momentum(group)
+        self._cycled = [
+            adopt_cycled_momentum(group, last)
+            for group, last in zip_longest(self.param_groups, self._cycled)
+        ]
         tasks = self._engine.plan(
             self.param_groups, self.state, self.global_step, present
         )
         return tasks, batch_size
 
     @untraced
-    def _close(self, batch_size: int) -> None:
+    def _close(self, tasks: Sequence[Task], batch_size: int) -> None:
         """Count a step that was taken."""
         self.global_step += 1
-        self._engine.close()
+        self._engine.close(tasks)
         self._batch_size.close(batch_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -385,11 +384,8 @@ class SIRFShampoo(UnitOptimizer):
             ``name/skipped``, the steps sat out because of a non-finite gradient. One
             wait for each device.
         """
-        told = diagnostics(
-            self._stacks(),
-            self.param_groups,
-            self._unit_names(),
-            self._engine.variant,
-        )
+        stacks, names = self._stacks(), self._unit_names()
+        with full_precision({stack.skipped.device.type for stack in stacks}):
+            told = diagnostics(stacks, self.param_groups, names, self._engine.variant)
         owners = self._engine.owners
         return told if owners is None else owners.exchange.joined(told)

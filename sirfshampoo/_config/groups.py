@@ -94,10 +94,21 @@ def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor.item() for name, tensor in tensors.items()}
 
 
-def adopt_cycled_momentum(group: dict[str, Any]) -> None:
-    """Set a group's ``alpha1`` to what a scheduler has put beside it."""
-    if CYCLED_MOMENTUM in group:
-        group["alpha1"] = float(group[CYCLED_MOMENTUM])
+def adopt_cycled_momentum(group: dict[str, Any], last: float | None) -> float | None:
+    """Set a group's ``alpha1`` to what a scheduler has put beside it.
+
+    Args:
+        group: The group.
+        last: What was adopted last: only what has changed since is, so that what a
+            user writes holds until a scheduler writes again.
+
+    Returns:
+        What is adopted now.
+    """
+    momentum = group.get(CYCLED_MOMENTUM)
+    if momentum is not None and momentum != last:
+        group["alpha1"] = float(momentum)
+    return momentum
 
 
 def with_kappa(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The only room that knows `torch.distributed`: DTensor, groups, collectives."""
 
 from sirfshampoo._distributed.agreement import Ranks
-from sirfshampoo._distributed.exchange import Exchange
+from sirfshampoo._distributed.exchange import Exchange, check_sharing
 from sirfshampoo._distributed.groups import is_initialized
 from sirfshampoo._distributed.shards import (
     distributed_like,
@@ -18,6 +18,7 @@ from sirfshampoo._distributed.shards import (
 __all__ = [
     "Exchange",
     "Ranks",
+    "check_sharing",
     "distributed_like",
     "fill",
     "is_dtensor",

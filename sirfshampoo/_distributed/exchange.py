@@ -288,18 +288,22 @@ class Exchange:
             return reduced(numbers, [self.group], dist.ReduceOp.SUM)
 
 
-def _only_group(group: Any) -> ProcessGroup:
-    """Return the group that is given, or that of a mesh of one dimension."""
-    if group is True:
-        group = dist.group.WORLD
-    if (is_mesh(group) and group.ndim != 1) or not (
-        is_mesh(group) or isinstance(group, dist.ProcessGroup)
-    ):
+def check_sharing(group: Any) -> None:
+    """Check the constructor's `shard_preconditioners`."""
+    if isinstance(group, bool) or (is_mesh(group) and group.ndim == 1):
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             "Argument 'shard_preconditioners' must be True (all ranks), False, a "
             "torch.distributed process group, or a DeviceMesh of one dimension, got "
             f"{group!r}."
         )
+
+
+def _only_group(group: Any) -> ProcessGroup:
+    """Return the group that is given, or that of a mesh of one dimension."""
+    if group is True:
+        group = dist.group.WORLD
     found: ProcessGroup = groups_of(group)[0]
     return found
 

@@ -59,7 +59,7 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     """Return a copy of a saved group with the present one's parameters and code.
 
     What a saved group may lack is taken from the present one: a callable ``T`` and
-    the names of parameters. A learning rate that is a tensor stays the same tensor.
+    the names of parameters.
     """
     code = {key: present[key] for key in ("params", "combine_params")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
@@ -71,10 +71,7 @@ def with_code(saved: Group, present: Group) -> dict[str, Any]:
     elif T is None:
         known.pop("T", None)
     known = {**_with_types(deepcopy(known)), **plain_numbers(saved)}
-    loaded = {**code, **absent, **known}
-    if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks for it
-        loaded["lr"] = present["lr"].fill_(loaded["lr"])
-    return loaded
+    return {**code, **absent, **known}
 
 
 def check_fit(
@@ -100,7 +97,10 @@ def check_fit(
     """
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:
-            raise ValueError(f"Argument 'state_dict' must be a dict with key '{key}'.")
+            raise ValueError(
+                f"Argument 'state_dict' must be a dict with the key '{key}', got "
+                f"{type(state_dict).__name__}."
+            )
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(

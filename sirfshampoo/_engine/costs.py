@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Size
 
-from sirfshampoo._distributed import local
+from sirfshampoo._distributed import is_dtensor, local
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.base import accumulation_dtype
@@ -145,8 +145,15 @@ def _among(structure: type[StructuredMatrix], dim: int) -> int:
     return structure.flops(dim, -(-structure.num_stored(dim) // max(dim, 1)))
 
 
-def momentum_bytes(unit: Unit, group: Mapping[str, Any]) -> int:
-    """Return the bytes of the momentum buffers of a unit's parameters on this rank."""
+def momentum_bytes(unit: Unit, group: Mapping[str, Any], *, held: bool = True) -> int:
+    """Return the bytes of the momentum buffers of a unit's parameters on this rank.
+
+    Args:
+        unit: The unit.
+        group: Its parameter group.
+        held: Whether the factors lie here; if not, whole momenta do not, either.
+    """
     if not group["alpha1"]:
         return 0
-    return sum(local(p).numel() * p.element_size() for p in unit.params)
+    lie_here = [p for p in unit.params if held or is_dtensor(p)]
+    return sum(local(p).numel() * p.element_size() for p in lie_here)

@@ -202,7 +202,9 @@ class Engine:
         """Return how a step's gradients come to where they are pre-conditioned."""
         return Everywhere() if self.owners is None else Relay(self.owners.exchange)
 
-    def close(self) -> None:
-        """Take what a step has written into the factors as known."""
+    def close(self, tasks: Sequence[Task]) -> None:
+        """Take note of what a step has done."""
+        for task in tasks:
+            task.stack.note_start(task.rows)
         for stack in self._stacks or []:
             stack.products.note_writes()

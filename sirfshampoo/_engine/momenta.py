@@ -11,10 +11,10 @@ from sirfshampoo._distributed import (
     distributed_like,
     is_dtensor,
     local,
-    local_like,
+    shard_rows,
     whole_rows,
 )
-from sirfshampoo._engine.joint import stacked, whole_zeros
+from sirfshampoo._engine.joint import whole_zeros
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method.descent import accumulate
 
@@ -43,6 +43,7 @@ def zero_momenta(units: Sequence[Unit], *, held: bool) -> list[Tensor]:
 def add_gradients(
     V: Sequence[Tensor],
     units: Sequence[Unit],
+    G: Sequence[Tensor],
     *,
     absent: Collection[int],
     alpha1: float,
@@ -53,16 +54,15 @@ def add_gradients(
     Args:
         V: The momenta, ``[rows, *local shape]`` each.
         units: The units of these rows.
+        G: The whole gradients of each of a unit's parameters, ``[rows, *shape]``.
         absent: The positions of parameters without gradient, whose momenta rest.
         alpha1: Momentum.
         moves: Which rows move; None: all.
     """
-    for j, V_j in enumerate(V):
-        if j in absent:
-            continue
-        params = [unit.params[j] for unit in units]
-        grads = [local_like(p.grad, p) for p in params]  # type: ignore[arg-type]
-        accumulate(V_j, stacked(grads), alpha1=alpha1, moves=moves)
+    for j, (V_j, G_j) in enumerate(zip(V, G, strict=True)):
+        if j not in absent:
+            shards = shard_rows(G_j, units[0].params[j])
+            accumulate(V_j, shards, alpha1=alpha1, moves=moves)
 
 
 def whole_momenta(

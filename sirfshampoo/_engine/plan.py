@@ -115,7 +115,6 @@ def plan_stack(
         lrs = []
         if shared.lr is None:
             lrs = [groups[unit.group]["lr"] for unit in stack.units[rows]]
-        stack.starting -= set(range(rows.start, rows.stop))
         tasks.append(Task(stack, rows, shared, preparation, lrs, stack.skipped[rows]))
     return tasks
 

@@ -19,14 +19,15 @@ class Phases:
 
     def __init__(self) -> None:
         """Know nothing at first."""
-        self._reason: list[tuple[Any, bool]] | None = None
+        self._reason: Any = None
         self._found: list[int] = []
 
     def of(
         self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
     ) -> list[int]:
         """Return the phases of units, one a group; each owner's work is balanced."""
-        reason = [(group["T"], bool(group["lam"])) for group in groups]
+        pairs = zip(units, groups, strict=True)
+        reason = [(g["T"], bool(g["lam"]), unit.dtypes) for unit, g in pairs]
         if reason != self._reason:
             updates = [cost_of(unit, groups[unit.group]).update_flops for unit in units]
             phases = [0] * len(groups)

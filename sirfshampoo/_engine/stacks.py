@@ -12,6 +12,7 @@ from sirfshampoo._distributed import distributed_like, fill, placement
 from sirfshampoo._engine.kept import KeptProducts
 from sirfshampoo._engine.momenta import zero_momenta
 from sirfshampoo._engine.units import Unit
+from sirfshampoo._method import device
 from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
@@ -40,7 +41,7 @@ class Stack:
             distributed the shard on this rank; None if there is none.
         step: The number of steps taken, ``[rows]``, on the CPU.
         skipped: The number of steps sat out for a non-finite gradient, ``[rows]``.
-        starting: The rows whose factors start when a gradient comes, if it is finite.
+        starting: The rows whose factors are 0, and start when a finite gradient comes.
         elementwise: Whether all factors are diagonal.
         products: The factors in the form that multiplies gradients.
     """
@@ -69,34 +70,39 @@ class Stack:
         self.units, self.held = units, held
         first = units[0]
         batch = (len(units) if held else 0,)
-        device = first.params[0].device
+        place = first.params[0].device
         axes = list(zip(first.structures, first.dims, first.dtypes, strict=True))
         self.K = [
-            structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
+            structure_class(name).zeros(d, batch=batch, dtype=dtype, device=place)
             for name, d, dtype in axes
         ]
         self.starting: set[int] = set()
         if initial_factors == "identity":
             for K_n in self.K:
                 K_n.shift_(1.0)
-        elif first.owner is None:  # else ranks could not tell alike which have started
+        else:
             self.starting.update(range(len(units)))
         self.m = None
         if has_m:
             self.m = [
-                structure_class(name).zeros(d, batch=batch, dtype=dtype, device=device)
+                structure_class(name).zeros(d, batch=batch, dtype=dtype, device=place)
                 for name, d, dtype in axes
             ]
         self.V = None
         if has_V:
             self.V = zero_momenta(units, held=held)
         self.step = torch.full((len(units),), step, dtype=torch.int64, device="cpu")
-        self.skipped = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.skipped = torch.zeros(batch, dtype=torch.int64, device=place)
 
         self._kinds = [(p.device, p.dtype) for p in first.params]
         self.elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
         self._placed: list[tuple[Tensor, str, Tensor]] = []
         self.products = KeptProducts(self.K, first)
+
+    @property
+    def _are_shared(self) -> bool:
+        """Whether the factors lie on one of several ranks."""
+        return self.units[0].owner is not None
 
     @property
     def owner(self) -> int:
@@ -132,6 +138,8 @@ class Stack:
     def place(self, state: dict[Tensor, State]) -> None:
         """Take over the numbers in the optimizer's state and leave the rows there."""
         self._placed = []
+        if self._are_shared and any("K0" in _prefixes(state, u) for u in self.units):
+            self.starting.clear()  # what has started is known to the owner alone
         for row, position, key, view, held in self._rows():
             p = self.units[row].params[position]
             # without numbers there is nothing to take over
@@ -139,9 +147,24 @@ class Stack:
                 fill(view, state[p][key])
             state[p][key] = view
             self._placed.append((p, key, view))
-        if self.starting and not self.skipped.is_meta:
-            has_started = (self.K[0].max_abs() != 0).tolist()
-            self.starting -= {row for row, has in enumerate(has_started) if has}
+        if self.starting and not self._are_shared and not self.skipped.is_meta:
+            self._look_for_started()
+
+    def note_start(self, rows: slice) -> None:
+        """Take note that rows had a gradient to start from, if it was finite.
+
+        Whether it was can be seen on a CPU; elsewhere the host would have to wait, and
+        of owners, the others could not tell alike: there it counts as a start.
+        """
+        if self._are_shared or not device.is_at_hand(self.skipped):
+            self.starting -= set(range(rows.start, rows.stop))
+        elif self.starting:
+            self._look_for_started()
+
+    def _look_for_started(self) -> None:
+        """Find the rows whose factors have started."""
+        has_started = (self.K[0].max_abs() != 0).tolist()
+        self.starting -= {row for row, has in enumerate(has_started) if has}
 
     def entries(self) -> Iterator[tuple[Tensor, str, Tensor, bool]]:
         """Yield parameter, key and tensor of all that the state holds for this stack.

@@ -1,4 +1,4 @@
-"""One step, from gradients to parameters: arithmetic alone, all is decided before."""
+"""One step, from gradients to parameters, as it was planned."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def _average_gradients(task: Task, G: Tensor, moves: Tensor | None) -> Tensor:
     """Update the momentum of a task's gradients; return what is pre-conditioned."""
     units, V = task.units, task.V
     alpha1, absent = task.settings.alpha1, task.settings.absent
-    add_gradients(V, units, absent=absent, alpha1=alpha1, moves=moves)
+    pieces = scattered(units, G)
+    add_gradients(V, units, pieces, absent=absent, alpha1=alpha1, moves=moves)
     average = joined(units, whole_momenta(V, units, absent))
     if task.settings.variant.nesterov:
         return torch.add(G, average, alpha=alpha1)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -42,6 +41,8 @@ class UnitOptimizer(Optimizer):
     """
 
     STATE_ATTRIBUTES: list[str] = ["global_step"]  # noqa: RUF012 - documented type
+    _ALLOCATES: ClassVar[bool] = True
+    _MEMORY_CHECK: ClassVar[Callable[..., None]]
 
     def __init__(
         self,
@@ -112,8 +113,7 @@ class UnitOptimizer(Optimizer):
         try:
             super().add_param_group({**param_group, "params": params})
             given = self.param_groups[-1]
-            if CYCLED_MOMENTUM not in param_group:
-                given.pop(CYCLED_MOMENTUM, None)
+            given.pop(CYCLED_MOMENTUM, None)  # of the defaults
             names = given.get("param_names") or self._model.names_of(given["params"])
             units, groups = form_units(
                 given,
@@ -124,31 +124,37 @@ class UnitOptimizer(Optimizer):
             )
         finally:
             self.param_groups = before
+            if self._is_set_up:  # the constructor has more to add
+                self._model.forget()
         if self._engine.variant.spread_updates and callable(given["T"]):
             warn_of_callable_interval(names)
         units = self._engine.with_owners(units, [*before, *groups], names)
         if self._is_set_up:  # else the constructor does it once for all
-            self._model.forget()
             every = [*self._engine.units, *units]
-            wanted = [unit for unit in every if unit.is_wanted(self.state)]
-            self._check_memory(wanted, [*before, *groups])
+            self._check_memory(every, [*before, *groups])
         self.param_groups = [*before, *groups]
         self._engine.units = [*self._engine.units, *units]
         self._batch_size.params += [p for unit in units for p in unit.params]
         if self._is_set_up:
             self._restack()
 
-    @abstractmethod
+    def _allocate(self) -> None:
+        """Take memory for the state of all units that need some."""
+        self._check_memory(self._engine.units, self.param_groups)
+        self._restack()
+
     def _check_memory(
         self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
     ) -> None:
         """Check that there is memory for what units need; raise `MemoryError`."""
-
-    def _allocate(self) -> None:
-        """Take memory for the state of all units that need some."""
-        wanted = [unit for unit in self._engine.units if unit.is_wanted(self.state)]
-        self._check_memory(wanted, self.param_groups)
-        self._restack()
+        if self._ALLOCATES:
+            wanted = [unit for unit in units if unit.is_wanted(self.state)]
+            self._MEMORY_CHECK(
+                wanted,
+                groups,
+                names_of=self._model.names_of,
+                holds=self._engine.holds,
+            )
 
     def _restack(self) -> list[Stack]:
         """Build the stacks from the state."""
@@ -230,7 +236,8 @@ class UnitOptimizer(Optimizer):
         Raises:
             ValueError: If the state dict does not fit; nothing is changed then.
         """
-        state_dict = dict(state_dict)
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -240,8 +247,12 @@ class UnitOptimizer(Optimizer):
         )
         check_symmetric(engine.units, saved)
 
-        pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
-        self.param_groups = [with_code(group, present) for group, present in pairs]
+        pairs = list(zip(state_dict["param_groups"], self.param_groups, strict=True))
+        loaded = [with_code(group, present) for group, present in pairs]
+        for group, (_, present) in zip(loaded, pairs, strict=True):
+            if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks
+                group["lr"] = present["lr"].fill_(group["lr"])
+        self.param_groups = loaded
         engine.units = [
             replace(unit, dtypes=group["preconditioner_dtypes"])
             for unit, group in zip(engine.units, self.param_groups, strict=True)

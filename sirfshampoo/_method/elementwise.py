@@ -1,6 +1,6 @@
 """The method where all factors are diagonal, with fewer passes over the gradient.
 
-Both functions do what their namesakes in `_factors` and `_preconditioner` do. Here the
+Both functions do what their namesakes in `factors` and `preconditioner` do. Here the
 entries of G are squared once, and each Π_n(H_n) is a sum of them with the squares of K
 as weights: a product of a matrix and a vector. All is computed in float32 at least.
 """
@@ -33,7 +33,7 @@ def update_factors(
 ) -> Tensor | None:
     """Update the factors K and their Riemannian momenta m in place.
 
-    See ``_factors.update_factors`` for arguments and result.
+    See ``factors.update_factors`` for arguments and result.
     """
     dims = G.shape[1:]
     squares = _squares(K, G)
@@ -82,7 +82,7 @@ def update_factors(
 def precondition(
     K: Sequence[DiagonalMatrix], G: Tensor, *, forms: Sequence[Form]
 ) -> Tensor:
-    """Return U = G ×_1 P_1 ×_2 … ×_N P_N in G's type; see ``_preconditioner``."""
+    """Return U = G ×_1 P_1 ×_2 … ×_N P_N in G's type; see ``preconditioner``."""
     U: Tensor | None = None
     for n, (k2, form) in enumerate(zip(_squares(K, G), forms, strict=True)):
         weights = k2 if form.times == 2 else K[n].diag.to(k2.dtype)

@@ -2,7 +2,7 @@
 
 Source: "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order
 Perspective" (arXiv 2402.03496), the inverse-free Shampoo of Figure 3. Here and in the
-other rooms of the method, the leading axis of every tensor counts rows; K, m hold N
+other files of this room, the leading axis of every tensor counts rows; K, m hold N
 batched matrices, ``[rows, d_n, d_n]``.
 """
 

@@ -22,7 +22,9 @@ _NAMED = 3
 def check_memory(
     units: Sequence[Unit],
     groups: Sequence[Mapping[str, Any]],
+    *,
     names_of: Callable[[Sequence[Tensor]], Sequence[str]],
+    holds: Callable[[Unit], bool] = lambda unit: True,
 ) -> None:
     """Check that what units need fits into the free memory of their devices.
 
@@ -30,6 +32,8 @@ def check_memory(
         units: The units that memory is about to be allocated for.
         groups: All parameter groups.
         names_of: Returns the names of parameters.
+        holds: Returns whether the factors of a unit lie on this rank. Where they do
+            not, the momenta of sharded parameters do all the same.
 
     Raises:
         MemoryError: If it does not fit.
@@ -37,13 +41,15 @@ def check_memory(
     needed: dict[torch.device, int] = {}
     for unit in units:
         group, device = groups[unit.group], unit.params[0].device
-        cost = cost_of(unit, group)
-        own = sum(cost.axis_bytes) + cost.kept_bytes + momentum_bytes(unit, group)
-        needed[device] = needed.get(device, 0) + own + COUNTER_BYTES
+        own = momentum_bytes(unit, group, held=holds(unit))
+        if holds(unit):
+            cost = cost_of(unit, group)
+            own += sum(cost.axis_bytes) + cost.kept_bytes + COUNTER_BYTES
+        needed[device] = needed.get(device, 0) + own
     for device, number in needed.items():
         free = free_bytes(device)
         if free is not None and number > free:
-            here = [unit for unit in units if unit.params[0].device == device]
+            here = [u for u in units if u.params[0].device == device and holds(u)]
             known = iter(names_of([p for unit in here for p in unit.params]))
             found = [[next(known) for _ in unit.params] for unit in here]
             names = [

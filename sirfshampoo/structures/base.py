@@ -38,7 +38,7 @@ class StructuredMatrix(ABC):
     Structured Inverse-Free Natural Gradient (arXiv 2312.05705).
 
     A subclass defines the abstract methods below. `from_dense` and `to_dense` are
-    the structure's executable definition; no optimizer step calls them.
+    the structure's executable definition; the engine calls neither.
 
     Attributes:
         WORKSPACE: How many numbers a product K X needs for each number of X.

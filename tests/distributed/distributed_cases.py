@@ -72,6 +72,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "max_update_norm": 0.2,
         "structures": {1: "diagonal", 2: "dense"},
     },
+    "started by the first gradient": {
+        "initial_factors": "gradient",
+        "T": lambda step: step % 3 == 2,
+        "structures": {1: "diagonal", 2: "dense"},
+    },
     "exponent": {
         "combine_params": JOIN,
         "exponent": 0.75,

@@ -297,3 +297,47 @@ def test_the_text_of_an_optimizer_folds_equal_groups() -> None:
     optimizer.param_groups[1]["lr"] = 0.5
     assert "Parameter Group 1 (2 parameters)" in repr(optimizer)
     assert "Parameter Groups 0, 2-" in repr(optimizer)
+
+
+def test_a_group_that_was_refused_does_not_hide_layers_added_since() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, list(net[0].parameters()))
+    wrong = {"params": list(net[1].parameters()), "structures": {3: "dense"}}
+    with pytest.raises(ValueError, match="must have an entry for tensors with 1 axes"):
+        optimizer.add_param_group(wrong)
+    net.append(nn.Linear(2, 2))
+    optimizer.add_param_group({"params": list(net[2].parameters())})
+    assert len(optimizer.param_groups) == 4
+
+
+@pytest.mark.parametrize("value", [None, "yes", 7])
+def test_ranks_that_share_are_checked_without_ranks_too(value: Any) -> None:
+    with pytest.raises(ValueError, match="'shard_preconditioners' must be True"):
+        SIRFShampoo(model(), shard_preconditioners=value)
+    with pytest.raises(ValueError, match="'verbose_init' must be True or False"):
+        SIRFShampoo(model(), verbose_init=value)
+
+
+@pytest.mark.parametrize("value", [None, [], {"state": {}}])
+def test_what_is_no_state_dict_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="'state_dict' must be a dict with the key"):
+        SIRFShampoo(model()).load_state_dict(value)
+
+
+def test_a_momentum_written_by_hand_holds_until_a_scheduler_writes_again() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=1)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.8  # as CyclicLR and OneCycleLR do
+    optimizer.step()
+    assert {group["alpha1"] for group in optimizer.param_groups} == {0.8}
+    for group in optimizer.param_groups:
+        group["alpha1"] = 0.5
+    optimizer.step()
+    assert {group["alpha1"] for group in optimizer.param_groups} == {0.5}
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    optimizer.step()
+    assert {group["alpha1"] for group in optimizer.param_groups} == {0.9}

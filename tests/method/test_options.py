@@ -408,3 +408,44 @@ def test_parameters_of_another_model_are_told() -> None:
     model, other = nn.Linear(6, 5), nn.Linear(6, 5)
     with pytest.raises(ValueError, match="belong to another model than 'model'"):
         SIRFShampoo(model, list(other.parameters()))
+
+
+def test_factors_start_with_the_first_finite_gradient() -> None:
+    model = nn.Linear(4, 3)
+    options = {"batch_size": 2, "T": 10, "initial_factors": "gradient"}
+    optimizer = SIRFShampoo(model, **options)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    assert all(not K.max_abs() for factors in optimizer.preconditioner for K in factors)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before = model.weight.detach().clone()
+    optimizer.step()  # T does not say so
+    assert all(K.max_abs() > 0 for factors in optimizer.preconditioner for K in factors)
+    assert not torch.equal(model.weight, before)
+    factors = [K.to_dense() for factors in optimizer.preconditioner for K in factors]
+    optimizer.step()
+    now = [K.to_dense() for factors in optimizer.preconditioner for K in factors]
+    assert all(torch.equal(a, b) for a, b in zip(factors, now, strict=True))
+
+
+def test_a_run_resumes_exactly_after_a_start_that_failed() -> None:
+    options = {"batch_size": 2, "T": 4, "initial_factors": "gradient"}
+    found = []
+    for resumes in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = SIRFShampoo(model, **options)
+        for step in range(8):
+            if resumes and step in (1, 2):
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = SIRFShampoo(model, **options)
+                optimizer.load_state_dict(saved)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+                if step < 2:
+                    p.grad[0] = float("inf")
+            optimizer.step()
+        found.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*found)
