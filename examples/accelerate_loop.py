@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 try:
@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"No module {missing.name!r}: run `pip install -e '.[frameworks]'`.")
 
-from sirfshampoo import SIRFShampoo
+from sirfshampoo import SIRFShampoo, recipe
 
 BATCH, ACCUMULATE = 16, 2  # an optimizer step sees 16 * 2 examples
 CLIP = 0.3  # the largest norm of a gradient
@@ -51,8 +51,15 @@ def train(
     """Train to the last step; save at one of them, or go on from what was saved."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
-    optimizer = SIRFShampoo(model, lr=0.01, beta2=0.2, lam=1e-4)
-    scheduler = CosineAnnealingLR(optimizer, T_max=steps)
+    arguments = recipe(model, batch_size=BATCH * ACCUMULATE, steps=steps)
+    optimizer = SIRFShampoo(model, **arguments)
+    scheduler = OneCycleLR(  # a warm-up over a tenth of the steps, then a cosine
+        optimizer,
+        max_lr=arguments["lr"],
+        total_steps=steps + 1,
+        pct_start=0.1,
+        cycle_momentum=False,
+    )
     loader = DataLoader(teacher_data(seed, steps * ACCUMULATE * BATCH), BATCH)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)

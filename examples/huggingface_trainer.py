@@ -27,17 +27,11 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"No module {missing.name!r}: run `pip install -e '.[frameworks]'`.")
 
-from sirfshampoo import SIRFShampoo
+from sirfshampoo import SIRFShampoo, recipe
 
 VOCABULARY, LENGTH = 32, 16
 BATCH, ACCUMULATE = 8, 2  # an optimizer step sees 8 * 2 sequences
 CLIP = 1.0  # the largest norm of a gradient
-OPTIONS: dict[str, Any] = {
-    "lr": 2e-3,
-    "beta2": 0.5,
-    "lam": 1e-4,
-    "structures": {1: "diagonal", 2: "dense"},
-}
 
 
 def sequences(seed: int) -> list[dict[str, torch.Tensor]]:
@@ -55,14 +49,15 @@ def make_trainer(route: str, folder: Path, *, steps: int, seed: int) -> Trainer:
     sizes = {"n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **ends))
-    if route == "optimizers":  # you construct: everything is available
-        optimizer = SIRFShampoo(model, **OPTIONS)
-        schedule = get_scheduler("linear", optimizer, 0, num_training_steps=steps)
+    options = recipe(model, batch_size=BATCH * ACCUMULATE, steps=steps)
+    warm_up = steps // 10
+    if route == "optimizers":  # you construct
+        optimizer = SIRFShampoo(model, **options)
+        schedule = get_scheduler("cosine", optimizer, warm_up, num_training_steps=steps)
         given: dict[str, Any] = {"optimizers": (optimizer, schedule)}
-    elif route == "factory":  # the Trainer calls SIRFShampoo(model, **OPTIONS)
-        given = {"optimizer_cls_and_kwargs": (lambda: SIRFShampoo, OPTIONS)}
-    else:  # the Trainer calls cls(groups, **options): no model, so say the batch size
-        options = {**OPTIONS, "batch_size": BATCH * ACCUMULATE}
+    elif route == "factory":  # the Trainer calls SIRFShampoo(model, **options)
+        given = {"optimizer_cls_and_kwargs": (lambda: SIRFShampoo, options)}
+    else:  # the Trainer calls SIRFShampoo(groups, **options), with a decay by group
         given = {"optimizer_cls_and_kwargs": (SIRFShampoo, options)}
     arguments = TrainingArguments(
         output_dir=str(folder / route),
@@ -70,6 +65,9 @@ def make_trainer(route: str, folder: Path, *, steps: int, seed: int) -> Trainer:
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATE,
         max_grad_norm=CLIP,
+        lr_scheduler_type="cosine",
+        warmup_steps=warm_up,
+        weight_decay=options["kappa"],
         save_steps=steps // 2,
         logging_steps=1,
         report_to="none",

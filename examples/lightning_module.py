@@ -1,8 +1,7 @@
 """Train in PyTorch Lightning: accumulate, clip, save, resume, compare.
 
-Lightning hands every optimizer a closure, with manual optimization too, and
-SIRFShampoo takes none. So run the closure first, then step the bare optimizer: see
-`optimizer_step`. Lightning keeps doing the rest (steps, accumulation, checkpoints).
+Lightning hands every optimizer a closure, hence `allow_closure=True`. All the rest is
+as with AdamW: automatic and manual optimization, clipping, hooks, "16-mixed" precision.
 
     python examples/lightning_module.py --help
 """
@@ -12,14 +11,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 try:
@@ -27,7 +25,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"No module {missing.name!r}: run `pip install -e '.[frameworks]'`.")
 
-from sirfshampoo import SIRFShampoo
+from sirfshampoo import SIRFShampoo, recipe
 
 BATCH, ACCUMULATE = 16, 2  # an optimizer step sees 16 * 2 examples
 CLIP = 0.3  # the largest norm of a gradient
@@ -48,29 +46,21 @@ class Regression(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
+        arguments = recipe(self.net, batch_size=BATCH * ACCUMULATE, steps=self.steps)
         # not `self`: Lightning never calls it, and forward passes tell the batch size
-        optimizer = SIRFShampoo(self.net, lr=0.01, beta2=0.2, lam=1e-4)
-        schedule = CosineAnnealingLR(optimizer, T_max=self.steps)
+        optimizer = SIRFShampoo(self.net, allow_closure=True, **arguments)
+        schedule = OneCycleLR(  # a warm-up over a tenth of the steps, then a cosine
+            optimizer,
+            max_lr=arguments["lr"],
+            total_steps=self.steps + 1,
+            pct_start=0.1,
+            cycle_momentum=False,
+        )
         scheduler = {"scheduler": schedule, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: pl.core.optimizer.LightningOptimizer,
-        optimizer_closure: Callable[[], Any],
-    ) -> None:
-        """Step without a closure; not for precision='16-mixed', which scales losses."""
-        optimizer_closure()  # training_step, zero_grad, backward
-        bare = optimizer.optimizer
-        self.clip_gradients(
-            bare,
-            gradient_clip_val=self.trainer.gradient_clip_val,
-            gradient_clip_algorithm=self.trainer.gradient_clip_algorithm,
-        )
-        self.batch_sizes.append(bare.batch_size)
-        bare.step()
+    def on_before_optimizer_step(self, optimizer: SIRFShampoo) -> None:
+        self.batch_sizes.append(optimizer.batch_size)
 
 
 def teacher_data(seed: int, examples: int) -> TensorDataset:

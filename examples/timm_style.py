@@ -1,9 +1,17 @@
 """Train a small vision transformer with the parameter groups of timm.
 
 timm sorts parameters into groups with and without weight decay and constructs
-`cls(groups, **options)`: no model, so `batch_size` is an integer. `create_optimizer`
-below does what timm's function of that name does; timm itself is not needed. There,
-register `sirfshampoo_for_timm` by `timm.optim.register_optimizer`.
+`cls(groups, **options)`: no model, but the recipe tells the batch size, too.
+`create_optimizer` below does what timm's `create_optimizer_v2` does; timm itself is not
+needed. There, register the class once, and ask for it by name:
+
+    from timm.optim import create_optimizer_v2
+    from timm.optim._optim_factory import OptimInfo, default_registry
+
+    default_registry.register(OptimInfo("sirfshampoo", SIRFShampoo, has_eps=False))
+    arguments = recipe(model, batch_size=32, steps=1000)
+    lr, kappa = arguments.pop("lr"), arguments.pop("kappa")
+    create_optimizer_v2(model, "sirfshampoo", lr=lr, weight_decay=kappa, **arguments)
 
     python examples/timm_style.py --help
 """
@@ -11,7 +19,7 @@ register `sirfshampoo_for_timm` by `timm.optim.register_optimizer`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
-from sirfshampoo import SIRFShampoo
+from sirfshampoo import SIRFShampoo, recipe
 
 BATCH, SIZE, PATCH, WIDTH = 32, 16, 4, 32
 
@@ -76,13 +85,6 @@ def create_optimizer(
     return opt_class(groups, lr=lr, weight_decay=0.0, **options)
 
 
-def sirfshampoo_for_timm(
-    groups: Iterable[dict[str, Any]], *, weight_decay: float, **options: Any
-) -> SIRFShampoo:
-    """Construct; in the groups, timm's name of weight decay is understood."""
-    return SIRFShampoo(groups, kappa=weight_decay, **options)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="default: 40")
@@ -95,15 +97,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = SmallViT()
-    optimizer = create_optimizer(
-        model,
-        sirfshampoo_for_timm,
-        lr=2e-3,
-        weight_decay=0.05,
-        batch_size=BATCH,
-        beta2=0.2,
-        lam=1e-4,
-        structures={1: "diagonal", 2: "dense", 3: "dense"},
+    arguments = recipe(model, batch_size=BATCH, steps=args.steps)
+    kappa = arguments.pop("kappa")
+    optimizer = create_optimizer(model, SIRFShampoo, weight_decay=kappa, **arguments)
+    schedule = OneCycleLR(  # a warm-up over a tenth of the steps, then a cosine
+        optimizer,
+        max_lr=arguments["lr"],
+        total_steps=args.steps + 1,
+        pct_start=0.1,
+        cycle_momentum=False,
     )
     losses = []
     for _ in range(args.steps):
@@ -112,6 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     x, y = stripes(generator)
     accuracy = (model(x).argmax(1) == y).float().mean().item()

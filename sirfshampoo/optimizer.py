@@ -12,7 +12,11 @@ from torch.nn import Module
 
 from sirfshampoo._config.arguments import check_batch_size, check_model
 from sirfshampoo._config.checks import check_flag
-from sirfshampoo._config.groups import adopt_cycled_momentum, check_options
+from sirfshampoo._config.groups import (
+    adopt_cycled_momentum,
+    check_options,
+    with_kappa,
+)
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, check_sharing, is_initialized
 from sirfshampoo._engine.batch_size import BatchSizeCounter
@@ -99,7 +103,9 @@ class SIRFShampoo(UnitOptimizer):
         max_update_rms: float | None = None,
         cautious_decay: bool = False,
         decay_vectors: bool = True,
+        allow_closure: bool = False,
         expected_batch_size: int | None = None,
+        weight_decay: float | None = None,
     ) -> None:
         """Set up the optimizer.
 
@@ -214,15 +220,22 @@ class SIRFShampoo(UnitOptimizer):
                 weights that have to grow are not held back, noise is.
             decay_vectors: Whether `kappa` shrinks parameters with one axis, such as
                 biases and norms, too; axes of size 1 do not count.
+            allow_closure: Whether `step` runs a closure with gradients enabled, then
+                steps, as torch's optimizers do. PyTorch Lightning needs it.
             expected_batch_size: For how many examples a step the other settings are
                 made; `recipe` gives it. A warning tells if others are counted for
-                several steps on end. Default: None, any number will do.
+                several steps on end. It is the `batch_size` where parameters stand in
+                the place of `model`. Default: None, any number will do.
+            weight_decay: Another name of `kappa`, for frameworks that pass torch's.
 
         Raises:
             ValueError: If an argument is wrong, or if no rule takes a parameter.
             MemoryError: If the state would not fit into the free memory of a device.
         """
         check_model(model, params)
+        module = model if isinstance(model, Module) else None
+        if module is None and expected_batch_size and batch_size is get_batch_size:
+            batch_size = expected_batch_size
         check_batch_size(batch_size, model)
         check_flag("verbose_init", verbose_init)
         check_sharing(shard_preconditioners)
@@ -236,6 +249,7 @@ class SIRFShampoo(UnitOptimizer):
             max_update_rms=max_update_rms,
             cautious_decay=cautious_decay,
             decay_vectors=decay_vectors,
+            allow_closure=allow_closure,
             expected_batch_size=expected_batch_size,
         )
         defaults = {
@@ -250,8 +264,10 @@ class SIRFShampoo(UnitOptimizer):
             "preconditioner_dtypes": preconditioner_dtypes,
             "combine_params": combine_params,
         }
+        if weight_decay:  # 0 says nothing: frameworks that decay by group pass it
+            own = {"kappa": kappa} if kappa else {}
+            defaults |= with_kappa({**own, "weight_decay": weight_decay})
         check_options(defaults)
-        module = model if isinstance(model, Module) else None
         known = KnownModel(module)
         if module is None:
             params = model  # type: ignore[assignment]
@@ -277,7 +293,7 @@ class SIRFShampoo(UnitOptimizer):
     # ------------------------------------------------------------------------- step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
         Parameters that lack a gradient rest; of those that share a pre-conditioner, the
@@ -288,22 +304,32 @@ class SIRFShampoo(UnitOptimizer):
         more if not all groups are updated in the same steps.
 
         Args:
-            closure: Not supported.
+            closure: Not supported, unless `allow_closure` is set: then it computes the
+                gradients.
+
+        Returns:
+            What the closure returns; None without.
 
         Raises:
-            NotImplementedError: If a closure is given.
+            NotImplementedError: If a closure is given, and not allowed.
             RuntimeError: If the batch size is unknown or a gradient is sparse.
         """
+        result = None
         if closure is not None:
-            raise NotImplementedError(
-                "SIRFShampoo.step takes no closure: compute the loss and its gradients "
-                "before the step."
-            )
+            if not self._engine.variant.allow_closure:
+                raise NotImplementedError(
+                    "SIRFShampoo.step takes no closure: compute the loss and its "
+                    "gradients before the step. If a framework passes it, as PyTorch "
+                    "Lightning does, write SIRFShampoo(..., allow_closure=True)."
+                )
+            with torch.enable_grad():
+                result = closure()
         tasks, batch_size = self._plan()
         with full_precision({task.skipped.device.type for task in tasks}):
             workspace, route = self._engine.workspace, self._engine.route()
             take_steps(tasks, batch_size, workspace, route)
         self._close(tasks, batch_size)
+        return result
 
     @untraced
     def _plan(self) -> tuple[list[Task], int]:
@@ -339,24 +365,7 @@ class SIRFShampoo(UnitOptimizer):
         self._engine.close(tasks)
         self._batch_size.close(batch_size)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and forget how many examples they averaged over.
-
-        Args:
-            set_to_none: Whether to set them to None, and not to zero. Default: True.
-        """
-        super().zero_grad(set_to_none)
-        self._batch_size.forget()
-
     # ------------------------------------------------------------------ what is seen
-
-    @property
-    def batch_size(self) -> int:
-        """The number of examples counted for the present (or last) step.
-
-        Of several ranks, this one's before the step, that of all after it.
-        """
-        return self._batch_size.value
 
     def __repr__(self) -> str:
         """Return the parameter groups, equal ones folded."""

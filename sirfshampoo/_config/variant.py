@@ -39,6 +39,7 @@ class Variant:
     max_update_rms: float | None = _option(None, check_limit)
     cautious_decay: bool = _option(False, check_flag)
     decay_vectors: bool = _option(True, check_flag)
+    allow_closure: bool = _option(False, check_flag)
     expected_batch_size: int | None = _option(None, or_none(check_count))
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.model import KnownModel
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit, form_units
-from sirfshampoo._engine.warn import warn_of_callable_interval
+from sirfshampoo._engine.warn import warn_of_callable_interval, warn_of_void_decay
 from sirfshampoo.structures import StructuredMatrix
 
 
@@ -72,6 +72,8 @@ class UnitOptimizer(Optimizer):
         self._model.forget()
         self._allocate()
         self._is_set_up = True
+        if defaults["kappa"] and not any(g["kappa"] for g in self.param_groups):
+            warn_of_void_decay(defaults["kappa"])
         if model.module is not None:
             self._hook = batch_size.watch(model.module)
         self._unwatch_at_the_end()
@@ -177,6 +179,23 @@ class UnitOptimizer(Optimizer):
     def global_step(self, value: int) -> None:
         self._engine.count(value - self._global_step)
         self._global_step = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget how many examples they averaged over.
+
+        Args:
+            set_to_none: Whether to set them to None, and not to zero. Default: True.
+        """
+        super().zero_grad(set_to_none)
+        self._batch_size.forget()
+
+    @property
+    def batch_size(self) -> int:
+        """The number of examples counted for the present (or last) step.
+
+        Of several ranks, this one's before the step, that of all after it.
+        """
+        return self._batch_size.value
 
     @property
     def spread_updates(self) -> bool:

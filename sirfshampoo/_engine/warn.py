@@ -46,6 +46,15 @@ def warn_of_non_finite_gradients(
         )
 
 
+def warn_of_void_decay(kappa: float) -> None:
+    """Warn that no group takes the weight decay that the constructor was given."""
+    tell(
+        f"kappa={kappa:.4g} has no effect: every parameter group has a weight decay of "
+        "0 of its own, as those of a framework do that is told no weight decay. Tell "
+        "the framework, or let the optimizer see the model and not groups."
+    )
+
+
 def warn_of_batch_size(counted: Sequence[int], expected: int) -> None:
     """Warn that settings are made for another batch size than what is counted."""
     numbers = " or ".join(map(str, counted[:3]))

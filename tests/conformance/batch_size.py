@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from sirfshampoo import SIRFShampoo, recipe
 
 from .loop import check_loop
 from .row import OURS, Contestant, Section
@@ -496,3 +500,60 @@ def add_checkpointing() -> None:
 
 
 add_checkpointing()
+
+
+COUNTED: dict[str, Callable[[Tensor], Any]] = {
+    "Sequences of a `PackedSequence` count, not their elements": lambda x: (
+        nn.utils.rnn.pack_sequence([row.unsqueeze(-1) for row in x])
+    ),
+    "Entries of a list of sequences count": lambda x: [
+        row[: i + 1] for i, row in enumerate(x)
+    ],
+    "Graphs of a batch of graphs count": lambda x: SimpleNamespace(
+        num_graphs=len(x), nodes=x.flatten()
+    ),
+}
+
+
+def add_counted() -> None:
+    """Make a row for each kind of input that tells how many examples it holds."""
+    for title, wrapped in COUNTED.items():
+
+        @row(title, only=OURS)
+        def counted(
+            make: Contestant, wrapped: Callable[[Tensor], Any] = wrapped
+        ) -> None:
+            data, net = batches(3), new_model()
+
+            class Unwrapping(nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.net = net
+
+                def forward(self, _: Any, x: Tensor) -> Tensor:
+                    return self.net(x)
+
+            model = Unwrapping()
+            forward = [partial(model, wrapped(x)) for x, *_ in data]
+            optimizer, path = make(model), []
+            for predict, (x, y, *_) in zip(forward, data, strict=True):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(predict(x), y).backward()
+                optimizer.step()
+                path.append(vector(net))
+            same(torch.stack(path), plain_path(make, data))
+
+
+add_counted()
+
+
+@row("A batch size that the recipe was not told is named, with the remedy", only=OURS)
+def disagreement(make: Contestant) -> None:
+    data, model = batches(6), new_model()
+    arguments = recipe(model, batch_size=10 * SIZE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, SIRFShampoo(model, **arguments), data)
+    (warning,) = caught
+    assert f"{SIZE} examples" in str(warning.message), warning.message
+    assert f"batch_size={10 * SIZE}" in str(warning.message), warning.message

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from .row import Contestant, Section
+from .row import OURS, Contestant, Section
 from .training import (
     SIZE,
     Batch,
@@ -229,6 +229,24 @@ def closure(make: Contestant) -> None:
         assert loss.item() > 0
         expected = plain_path(make, [batch])[0]
     assert torch.equal(vector(model), expected)
+
+
+@row("A closure is followed where it is allowed")
+def allowed_closure(make: Contestant) -> None:
+    data, model = batches(4), new_model()
+    optimizer = make(model, **({"allow_closure": True} if make is OURS else {}))
+    path = []
+    for batch in data:
+
+        def evaluate(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(evaluate).item() > 0
+        path.append(vector(model))
+    same(torch.stack(path), plain_path(make, data))
 
 
 def count_tensors() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -257,7 +258,7 @@ def frozen_otherwise(make: Contestant) -> None:
     other = make(twin)
     with warnings.catch_warnings():  # ours says what starts anew
         warnings.filterwarnings("ignore", "The state dict holds nothing for")
-        other.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(deepcopy(optimizer.state_dict()))
     before = vector(twin[0])
     model[0].requires_grad_(True)
     found = [train(net, o, data[3:]) for net, o in ((model, optimizer), (twin, other))]

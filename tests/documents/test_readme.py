@@ -45,7 +45,7 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_snippets_of_the_page_for_users_of_adamw_run() -> None:
     names: dict[str, Any] = {}
     snippets = snippets_of(ROOT / "docs" / "from_adamw.md")
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         exec(snippet, names)
     SIRFShampoo(names["model"], **names["arguments"])

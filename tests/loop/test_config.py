@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sirfshampoo
-from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
+from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo, recipe
 from sirfshampoo._config.variant import Variant
 from sirfshampoo.optimizer import DEFAULT_COMBINE_PARAMS, get_batch_size
 
@@ -44,8 +44,9 @@ def snapshot(optimizer: SIRFShampoo) -> Any:
 
 def test_constructor_has_the_documented_arguments_in_order() -> None:
     parameters = inspect.signature(SIRFShampoo).parameters
-    ranks = {"process_group": None, "shard_preconditioners": False}
-    beyond = ranks | {option.name: option.default for option in fields(Variant)}
+    others = {"process_group": None, "shard_preconditioners": False}
+    others["weight_decay"] = None  # another name of kappa
+    beyond = others | {option.name: option.default for option in fields(Variant)}
     names = list(parameters)
     assert names[: 1 + len(DOCUMENTED)] == ["model", *DOCUMENTED]
     assert sorted(names[1 + len(DOCUMENTED) :]) == sorted(beyond)
@@ -341,3 +342,30 @@ def test_a_momentum_written_by_hand_holds_until_a_scheduler_writes_again() -> No
         group["momentum"] = 0.9
     optimizer.step()
     assert {group["alpha1"] for group in optimizer.param_groups} == {0.9}
+
+
+def test_weight_decay_is_another_name_of_kappa() -> None:
+    net = model()
+    for given in [{"weight_decay": 0.1}, {"kappa": 0.1}]:
+        for weight_decay in [{}, {"weight_decay": 0.0}]:
+            optimizer = SIRFShampoo(net, **{**weight_decay, **given})
+            assert {group["kappa"] for group in optimizer.param_groups} == {0.1}
+    with pytest.raises(ValueError, match="'weight_decay' is another name of 'kappa'"):
+        SIRFShampoo(net, kappa=0.1, weight_decay=0.2)
+    with pytest.raises(ValueError, match="must be a finite number >= 0"):
+        SIRFShampoo(net, weight_decay=-0.2)
+
+
+def test_a_decay_that_no_group_takes_is_told() -> None:
+    net = model()
+    groups = [{"params": [p], "weight_decay": 0.0} for p in net.parameters()]
+    with pytest.warns(UserWarning, match="kappa=0.1 has no effect"):
+        SIRFShampoo(net, groups, kappa=0.1)
+    groups[0]["weight_decay"] = 0.2
+    SIRFShampoo(net, groups, kappa=0.1)
+
+
+def test_the_recipe_tells_the_batch_size_where_there_is_no_model() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net.parameters(), **recipe(net, batch_size=6))
+    assert optimizer.batch_size == 6

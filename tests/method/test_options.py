@@ -289,7 +289,7 @@ def test_a_group_has_an_option_or_is_told_that_it_cannot() -> None:
     weights = [nn.Parameter(torch.ones(3, 2))]
     of_group = SIRFShampoo(weights, batch_size=1).param_groups[0]
     for option in list(signature(SIRFShampoo).parameters)[2:]:
-        if option in of_group:
+        if option in of_group or option == "weight_decay":
             continue
         with pytest.raises(ValueError, match=f"'{option}' holds for all parameters"):
             SIRFShampoo([{"params": weights, option: 1}], batch_size=1)
@@ -398,8 +398,9 @@ def test_the_recipe_serves_parameters_without_their_model() -> None:
     given = recipe(model, batch_size=8)
     optimizer = SIRFShampoo(model.parameters(), batch_size=8, **given)
     assert len(optimizer.param_groups) == 2
-    with pytest.raises(ValueError, match="pass the model itself"):
-        SIRFShampoo(model.parameters(), **given)
+    assert SIRFShampoo(model.parameters(), **given).batch_size == 8
+    with pytest.raises(ValueError, match="Or pass the model itself"):
+        SIRFShampoo(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="Pass the model itself"):
         SIRFShampoo(model.parameters(), list(model.parameters()), batch_size=8)
 
