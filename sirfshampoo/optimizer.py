@@ -18,7 +18,11 @@ from sirfshampoo._config.groups import (
     with_kappa,
 )
 from sirfshampoo._config.variant import Variant
-from sirfshampoo._distributed import Ranks, check_sharing, is_initialized
+from sirfshampoo._distributed import (
+    Ranks,
+    check_sharing,
+    is_initialized,
+)
 from sirfshampoo._engine.batch_size import BatchSizeCounter
 from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.examples import get_batch_size
@@ -61,7 +65,8 @@ class SIRFShampoo(UnitOptimizer):
 
     All state is tensors in ``state``: under the first parameter of a group ``step``,
     ``skipped`` (steps sat out because of a non-finite gradient), ``K{n}.{field}`` and
-    ``m{n}.{field}``; under every parameter ``momentum_buffer``.
+    ``m{n}.{field}``; under every parameter ``momentum_buffer``, or, of gradients,
+    ``gradient_momentum``.
 
     Attributes:
         SUPPORTED_STRUCTURES: Maps the name of a structure to the class of structured
@@ -335,12 +340,7 @@ class SIRFShampoo(UnitOptimizer):
     def _plan(self) -> tuple[list[Task], int]:
         """Return what is to be done, and the batch size."""
         units = self._engine.units
-        flags, counted = self._engine.ranks.agree(
-            [has for unit in units for has in unit.gradients_present()],
-            self._batch_size.counted(),
-        )
-        known = iter(flags)
-        present = [[next(known) for _ in unit.params] for unit in units]
+        present, counted = self._engine.agree(self._batch_size.counted())
         moving = [u for u, has in zip(units, present, strict=True) if any(has)]
         batch_size = 0
         if any(unit.dims.numel() for unit in moving):

@@ -19,6 +19,7 @@ from sirfshampoo._distributed.groups import (
     is_mesh,
     ranks_of,
     reduced,
+    refuse_zero,
 )
 from sirfshampoo._distributed.shards import is_dtensor
 
@@ -57,6 +58,8 @@ class Ranks:
                 its process group.
         """
         check_process_group(group)
+        if is_initialized():
+            refuse_zero()
         if group is None and isinstance(model, DistributedDataParallel):
             group = model.process_group
         self._group = group

@@ -33,6 +33,27 @@ def awaiting(what: str) -> Iterator[None]:
         ) from error
 
 
+def refuse_zero() -> None:
+    """Refuse to be built by torch's ``ZeroRedundancyOptimizer``.
+
+    It deals out parameters by itself, and copies options between groups one to one,
+    which a group for each pre-conditioner does not allow.
+
+    Raises:
+        ValueError: If it is under way.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise ValueError(
+                "ZeroRedundancyOptimizer cannot deal out SIRFShampoo. Build it "
+                "directly: SIRFShampoo(model, shard_preconditioners=True) shares "
+                "pre-conditioners, their memory and their work among the ranks."
+            )
+
+
 def is_mesh(group: Any) -> TypeIs[DeviceMesh]:
     module = sys.modules.get("torch.distributed.device_mesh")
     return module is not None and isinstance(group, module.DeviceMesh)

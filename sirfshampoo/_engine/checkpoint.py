@@ -16,6 +16,7 @@ from sirfshampoo._config.groups import (
     check_options,
     plain_numbers,
 )
+from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._engine.warn import tell
 from sirfshampoo.structures import structure_class
@@ -79,6 +80,7 @@ def check_fit(
     groups: Sequence[Group],
     units: Sequence[Unit],
     names: Sequence[Sequence[str]],
+    momentum: str,
 ) -> tuple[dict[Tensor, dict[str, Tensor]], int | None]:
     """Check that a state dict fits an optimizer.
 
@@ -87,6 +89,7 @@ def check_fit(
         groups: The optimizer's parameter groups.
         units: Its units.
         names: The names of each unit's parameters.
+        momentum: What the state calls the momenta of parameters.
 
     Returns:
         The saved tensors of each parameter, not copied, none for those whose state
@@ -119,8 +122,11 @@ def check_fit(
             continue
         shapes = _shapes(units[i])
         for key, p in pairs:
-            if found[p] or p.requires_grad:  # torch.distributed.checkpoint leaves out
-                _check_entries(f"parameter {key}", found[p], p, shapes[p])  # the frozen
+            # torch.distributed.checkpoint leaves out what is frozen
+            if found[p] or p.requires_grad:
+                owner, optional = f"parameter {key}", {momentum: p.shape}
+                _check_momentum(owner, found[p], momentum)
+                _check_entries(owner, found[p], optional, shapes[p])
                 by_parameter[p] = found[p]
     if anew:
         tell(
@@ -209,8 +215,22 @@ def _shapes(unit: Unit) -> dict[Tensor, dict[str, Size]]:
     return {p: first if p is unit.params[0] else {} for p in unit.params}
 
 
+def _check_momentum(owner: str, saved: Mapping[str, Any], momentum: str) -> None:
+    """Check that a momentum is of what this optimizer averages."""
+    for name in {OF_UPDATES, OF_GRADIENTS} - {momentum}:
+        if name in saved:
+            first = name == OF_GRADIENTS
+            raise ValueError(
+                f"Argument 'state_dict' must hold {momentum!r} in {owner}, got "
+                f"{name!r}: it was saved with momentum_first={first}."
+            )
+
+
 def _check_entries(
-    owner: str, saved: Mapping[str, Any], p: Tensor, required: Mapping[str, Size]
+    owner: str,
+    saved: Mapping[str, Any],
+    optional: Mapping[str, Size],
+    required: Mapping[str, Size],
 ) -> None:
     """Check the keys and shapes of one parameter's entries.
 
@@ -218,7 +238,7 @@ def _check_entries(
     dict brings along.
     """
     momenta = {f"m{k[1:]}": shape for k, shape in required.items() if k[0] == "K"}
-    shapes = {**required, **momenta, "momentum_buffer": p.shape}
+    shapes = {**required, **momenta, **optional}
     missing = required.keys() - saved.keys()
     if momenta.keys() & saved.keys():
         missing |= momenta.keys() - saved.keys()

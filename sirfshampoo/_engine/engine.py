@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, is_dtensor
+from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.owners import Owners
 from sirfshampoo._engine.plan import Settings, Task, plan_stack
 from sirfshampoo._engine.relay import Relay
@@ -63,6 +64,11 @@ class Engine:
         """Return what a copy needs; stacks are rebuilt from the state."""
         return {**vars(self), "_stacks": None, "workspace": Workspace()}
 
+    @property
+    def momentum(self) -> str:
+        """What the state calls the momenta of parameters."""
+        return OF_GRADIENTS if self.variant.momentum_first else OF_UPDATES
+
     def holds(self, unit: Unit) -> bool:
         """Return whether this rank holds the factors of a unit."""
         return self.owners is None or unit.owner == self.owners.rank
@@ -114,6 +120,7 @@ class Engine:
                 step=step,
                 rank=None if self.owners is None else self.owners.rank,
                 initial_factors=self.variant.initial_factors,
+                momentum=self.momentum,
             )
         return self._stacks
 
@@ -166,6 +173,21 @@ class Engine:
                 [group["T"] for group in groups], self.phases(groups), strict=True
             )
         ]
+
+    def agree(self, counted: int | None) -> tuple[list[list[bool]], int]:
+        """Return what all ranks know alike before a step.
+
+        Args:
+            counted: The examples counted on this rank; None if none are counted.
+
+        Returns:
+            Whether each parameter of each unit has a gradient on every rank, and how
+            many examples there are.
+        """
+        flags = [has for unit in self.units for has in unit.gradients_present()]
+        everywhere, total = self.ranks.agree(flags, counted)
+        known = iter(everywhere)
+        return [[next(known) for _ in unit.params] for unit in self.units], total
 
     def plan(
         self,

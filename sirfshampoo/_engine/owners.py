@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sirfshampoo._distributed import Exchange, is_dtensor, whole
 from sirfshampoo._engine.assignment import with_owners
+from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit
 
@@ -28,6 +29,14 @@ class Owners:
     def __deepcopy__(self, memo: dict[int, Any]) -> Owners:
         """Return this: a copy of an optimizer is on the same ranks."""
         return self
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled: another process is not one of these ranks."""
+        raise TypeError(
+            "An optimizer that shares pre-conditioners among ranks cannot be pickled: "
+            "save its state_dict(), which all ranks must call, or build it with "
+            "shard_preconditioners=False."
+        )
 
     @property
     def rank(self) -> int:
@@ -92,7 +101,7 @@ class Owners:
             mine[p] = {}
             for key in sorted(saved[p]):
                 tensor = saved[p][key]
-                if key == "momentum_buffer" and is_dtensor(p):
+                if key in (OF_UPDATES, OF_GRADIENTS) and is_dtensor(p):
                     mine[p][key] = tensor
                     continue
                 tensor = whole(tensor)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sirfshampoo._distributed import distributed_like, fill, placement
 from sirfshampoo._engine.kept import KeptProducts
-from sirfshampoo._engine.momenta import zero_momenta
+from sirfshampoo._engine.momenta import OF_UPDATES, zero_momenta
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method import device
 from sirfshampoo.structures import StructuredMatrix, structure_class
@@ -35,6 +35,7 @@ class Stack:
     Attributes:
         units: The units, one a row.
         held: Whether the factors lie on this rank.
+        momentum: What the state calls V.
         K: The Kronecker factor of each axis, ``[rows, d_n, d_n]``.
         m: Their Riemannian momenta; None if there are none.
         V: The momentum of each of a unit's parameters, ``[rows, *shape]``, of what is
@@ -55,6 +56,7 @@ class Stack:
         step: int,
         held: bool = True,
         initial_factors: str = "identity",
+        momentum: str = OF_UPDATES,
     ) -> None:
         """Set up the stack as at the start of training, at a global step.
 
@@ -66,8 +68,9 @@ class Stack:
             held: Whether the factors lie on this rank. If not, their tensors and the
                 momenta of whole parameters have no rows.
             initial_factors: Where factors start, as the constructor's argument says.
+            momentum: What the state calls the momenta of parameters.
         """
-        self.units, self.held = units, held
+        self.units, self.held, self.momentum = units, held, momentum
         first = units[0]
         batch = (len(units) if held else 0,)
         place = first.params[0].device
@@ -126,12 +129,12 @@ class Stack:
         }
         entries = [(0, "step", self.step), (0, "skipped", self.skipped)]
         entries += [(0, key, tensor) for key, tensor in fields.items()]
-        entries += [(j, "momentum_buffer", V_j) for j, V_j in enumerate(self.V or [])]
+        entries += [(j, self.momentum, V_j) for j, V_j in enumerate(self.V or [])]
         for position, key, tensor in entries:
             held = len(tensor) == len(self.units)
             for row, unit in enumerate(self.units):
                 view = tensor[row] if held else tensor
-                if key == "momentum_buffer":
+                if key == self.momentum:
                     view = distributed_like(view, unit.params[position])
                 yield row, position, key, view, held
 
@@ -210,6 +213,7 @@ def stack_units(
     step: int,
     rank: int | None = None,
     initial_factors: str = "identity",
+    momentum: str = OF_UPDATES,
 ) -> list[Stack]:
     """Stack units that are alike, with the numbers that the state holds for them.
 
@@ -220,12 +224,13 @@ def stack_units(
         step: The optimizer's global step, for units that have no state yet.
         rank: This rank; it holds the factors of its units and of those without owner.
         initial_factors: Where factors start, for those units.
+        momentum: What the state calls the momenta of parameters.
     """
     alike: dict[Any, list[Unit]] = {}
     for unit in units:
         group = groups[unit.group]
         has_m = group["alpha2"] != 0 or "m0" in _prefixes(state, unit)
-        has_V = group["alpha1"] != 0 or "momentum_buffer" in _prefixes(state, unit)
+        has_V = group["alpha1"] != 0 or momentum in _prefixes(state, unit)
         key = (
             has_m,
             has_V,
@@ -253,6 +258,7 @@ def stack_units(
                 step=step,
                 held=held,
                 initial_factors=initial_factors,
+                momentum=momentum,
             )
             stack.place(state)
             stacks.append(stack)

@@ -23,6 +23,7 @@ from sirfshampoo._engine.checkpoint import (
     without_code,
 )
 from sirfshampoo._engine.engine import Engine
+from sirfshampoo._engine.given import GivenGroup
 from sirfshampoo._engine.model import KnownModel
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit, form_units
@@ -64,6 +65,7 @@ class UnitOptimizer(Optimizer):
         """
         self._model, self._engine, self._batch_size = model, engine, batch_size
         self._hook: ForwardHook | None = None
+        self._given: list[range] = []  # the numbers of the groups that each became
         self._global_step = 0
         self._is_set_up = False
         super().__init__(params, defaults)
@@ -134,6 +136,7 @@ class UnitOptimizer(Optimizer):
         if self._is_set_up:  # else the constructor does it once for all
             every = [*self._engine.units, *units]
             self._check_memory(every, [*before, *groups])
+        self._given.append(range(len(before), len(before) + len(groups)))
         self.param_groups = [*before, *groups]
         self._engine.units = [*self._engine.units, *units]
         self._batch_size.params += [p for unit in units for p in unit.params]
@@ -169,6 +172,17 @@ class UnitOptimizer(Optimizer):
     def _unit_names(self) -> list[list[str]]:
         """Return, a unit, the names of its parameters; without any: their numbers."""
         return self._model.names_of_units(self._engine.units, self.param_groups)
+
+    @property
+    def given_groups(self) -> list[GivenGroup]:
+        """The groups as they were given: ``given_groups[0]["lr"] = x`` sets all.
+
+        Each is a view of those in ``param_groups`` that it was split into.
+        """
+        return [
+            GivenGroup([self.param_groups[i] for i in numbers])
+            for numbers in self._given
+        ]
 
     @property
     def global_step(self) -> int:
@@ -262,7 +276,11 @@ class UnitOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         engine = self._engine
         saved, step = check_fit(
-            state_dict, self.param_groups, engine.units, self._unit_names()
+            state_dict,
+            self.param_groups,
+            engine.units,
+            self._unit_names(),
+            engine.momentum,
         )
         check_symmetric(engine.units, saved)
 

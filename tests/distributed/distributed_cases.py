@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -261,7 +262,7 @@ def fsdp(
     assert_shared(optimizer, twin, owned)
     for p in model.parameters():
         if optimizer.param_groups[0]["alpha1"]:
-            momentum = optimizer.state[p]["momentum_buffer"]
+            momentum = optimizer.state[p][optimizer._engine.momentum]
             assert isinstance(momentum, DTensor)
             assert momentum.placements == p.placements
             assert momentum.shape == p.shape
@@ -714,6 +715,24 @@ def copies() -> None:
         copy.step()
         assert copy.global_step == 3
         assert copy.batch_size == ROWS
+
+
+def zero_redundancy() -> None:
+    """Torch's wrapper that deals out parameters is refused by name."""
+    with warnings.catch_warnings():  # of torch's own scripted functions
+        warnings.simplefilter("ignore")
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = make_model()
+    with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer.*shard_precond"):
+        ZeroRedundancyOptimizer(model.parameters(), SIRFShampoo, batch_size=ROWS)
+
+
+def pickles_of_shared() -> None:
+    """An optimizer that is one of several is not pickled without the others."""
+    optimizer = SIRFShampoo(make_model(), shard_preconditioners=True)
+    with pytest.raises(TypeError, match=r"cannot be pickled: save its state_dict"):
+        pickle.dumps(optimizer)
 
 
 # --- costs ----------------------------------------------------------------------------

@@ -150,6 +150,8 @@ def test_model_built_on_meta(two: Ranks, before: bool) -> None:
         cases.gradients_placed_otherwise,
         cases.own_training,
         cases.copies,
+        cases.zero_redundancy,
+        cases.pickles_of_shared,
     ],
 )
 def test_case(two: Ranks, case: Callable[[], None]) -> None:

@@ -58,7 +58,8 @@ def test_layers_thawed_later_train(options: object) -> None:
     model[0].requires_grad_(True)
     train(model, optimizer, 2)
     assert (vector(model[0]) != before).all()
-    assert all(optimizer.state[p]["momentum_buffer"].any() for p in model.parameters())
+    state, key = optimizer.state, optimizer._engine.momentum
+    assert all(state[p][key].any() for p in model.parameters())
 
 
 def test_what_was_thawed_trains_as_if_its_gradients_had_been_missing() -> None:

@@ -234,11 +234,11 @@ def test_a_nan_leaves_the_momentum_of_gradients_as_it_is() -> None:
     optimizer = SIRFShampoo(model, batch_size=8, momentum_first=True)
     set_gradients(model, 0)
     optimizer.step()
-    V = optimizer.state[model.weight]["momentum_buffer"].clone()
+    V = optimizer.state[model.weight]["gradient_momentum"].clone()
     weight = model.weight.detach().clone()
     model.weight.grad = torch.full((3, 4), float("nan"))
     optimizer.step()
-    assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], V)
+    assert torch.equal(optimizer.state[model.weight]["gradient_momentum"], V)
     assert torch.equal(model.weight.detach(), weight)
     assert int(optimizer.state[model.weight]["skipped"]) == 1
 
@@ -450,3 +450,12 @@ def test_a_run_resumes_exactly_after_a_start_that_failed() -> None:
             optimizer.step()
         found.append(nn.utils.parameters_to_vector(model.parameters()))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_momenta_of_another_kind_are_not_loaded(first: bool) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = SIRFShampoo(model, batch_size=2, momentum_first=first)
+    other = SIRFShampoo(model, batch_size=2, momentum_first=not first)
+    with pytest.raises(ValueError, match=f"it was saved with momentum_first={first}"):
+        other.load_state_dict(optimizer.state_dict())
