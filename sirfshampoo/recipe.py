@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
 
-from sirfshampoo._config.arguments import check_adamw
+from sirfshampoo._config.arguments import check_adamw, check_module
 from sirfshampoo._config.axes import check_structure
 from sirfshampoo._config.checks import check_count
 
@@ -75,10 +75,7 @@ def recipe(
     Raises:
         ValueError: If an argument is wrong.
     """
-    if not isinstance(model, Module):
-        raise ValueError(
-            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
-        )
+    check_module(model)
     check_count("batch_size", batch_size)
     check_count("max_dense", max_dense)
     if steps is not None:
@@ -195,10 +192,7 @@ def choose_structures(
     Raises:
         ValueError: If an argument is wrong.
     """
-    if not isinstance(model, Module):
-        raise ValueError(
-            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
-        )
+    check_module(model)
     if isinstance(max_dense, bool) or not isinstance(max_dense, int) or max_dense < 0:
         raise ValueError(
             f"Argument 'max_dense' must be an integer >= 0, got {max_dense!r}."

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from sirfshampoo._config.axes import SUPPORTED_DTYPES
 from sirfshampoo._config.checks import (
@@ -17,9 +18,29 @@ from sirfshampoo._config.checks import (
 from sirfshampoo.combiner import PreconditionerGroup
 
 
+def check_module(model: Any) -> None:
+    """Check a model that settings are made for."""
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+        )
+    _check_initialized(model)
+
+
+def _check_initialized(model: Module) -> None:
+    """Check that all parameters have shapes, those of lazy layers, too."""
+    lazy = [n for n, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            "Argument 'model' must have parameters with shapes, got lazy layers with "
+            f"{lazy}: let it see one batch first, model(inputs)."
+        )
+
+
 def check_model(model: Any, params: Any) -> None:
     """Check the constructor's `model` and `params`."""
     if isinstance(model, Module):
+        _check_initialized(model)
         return
     if isinstance(model, Tensor) or not isinstance(model, Iterable):
         raise ValueError(

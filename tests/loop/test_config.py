@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 import sirfshampoo
-from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo, recipe
+from sirfshampoo import (
+    LinearWeightBias,
+    PerParameter,
+    SIRFShampoo,
+    choose_structures,
+    recipe,
+    summary,
+)
 from sirfshampoo._config.variant import Variant
 from sirfshampoo.optimizer import DEFAULT_COMBINE_PARAMS, get_batch_size
 
@@ -369,3 +376,20 @@ def test_the_recipe_tells_the_batch_size_where_there_is_no_model() -> None:
     net = model()
     optimizer = SIRFShampoo(net.parameters(), **recipe(net, batch_size=6))
     assert optimizer.batch_size == 6
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        SIRFShampoo,
+        summary,
+        choose_structures,
+        lambda net: recipe(net, batch_size=4),
+    ],
+)
+def test_lazy_layers_have_to_see_a_batch_first(use: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"lazy layers with .*'1.weight'.* one batch"):
+        use(net)
+    net(torch.randn(2, 3))
+    use(net)
