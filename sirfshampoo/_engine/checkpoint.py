@@ -108,7 +108,9 @@ def check_fit(
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"Argument 'state_dict' must have {len(groups)} parameter groups, one for "
-            f"each pre-conditioner, got {len(saved_groups)}."
+            f"each pre-conditioner, got {len(saved_groups)}: it is of another model, or "
+            "rules join other parameters, as when part of what they join is frozen "
+            "before the optimizer is built."
         )
     by_parameter: dict[Tensor, dict[str, Tensor]] = {}
     anew: list[str] = []
@@ -116,7 +118,7 @@ def check_fit(
         _check_group(f"group {i}", saved, present)
         pairs = list(zip(saved["params"], present["params"], strict=True))
         found = {p: dict(state_dict["state"].get(key, {})) for key, p in pairs}
-        if state_dict["state"] and not any(found.values()):  # it was frozen then
+        if not any(found.values()):  # it was frozen then
             anew += [n for n, p in zip(names[i], found, strict=True) if p.requires_grad]
             by_parameter |= {p: {} for p in found if p.requires_grad}
             continue

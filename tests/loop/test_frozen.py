@@ -132,3 +132,23 @@ def test_a_checkpoint_with_thawed_layers_loads_where_they_are_frozen() -> None:
     train(thawed, optimizer, 2)
     train(model, other, 2)
     assert torch.equal(vector(model), vector(thawed))
+
+
+def test_a_checkpoint_of_what_was_frozen_throughout_loads() -> None:
+    saved = SIRFShampoo(new_model().requires_grad_(False)).state_dict()
+    assert saved["state"] == {}
+    model = new_model().requires_grad_(True)
+    optimizer = SIRFShampoo(model)
+    with pytest.warns(UserWarning, match=r"holds nothing for .*'0.weight'.*'2.bias'"):
+        optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+    assert optimizer.global_step == 1
+
+
+def test_half_a_joint_unit_frozen_before_is_told_when_loading() -> None:
+    whole = SIRFShampoo(new_model().requires_grad_(True), combine_params=RULES)
+    model = new_model().requires_grad_(True)
+    model[0].bias.requires_grad_(False)
+    other = SIRFShampoo(model, combine_params=RULES)
+    with pytest.raises(ValueError, match=r"3 parameter groups.* got 2: .*is frozen"):
+        other.load_state_dict(whole.state_dict())
