@@ -33,7 +33,7 @@ from sirfshampoo._engine.step import take_steps
 from sirfshampoo._engine.unit_optimizer import UnitOptimizer
 from sirfshampoo._engine.warn import warn_of_non_finite_gradients
 from sirfshampoo._method.device import untraced
-from sirfshampoo._method.precision import full_precision
+from sirfshampoo._method.precision import Precision, full_precision
 from sirfshampoo._report.diagnostics import diagnostics
 from sirfshampoo._report.groups import tell_groups
 from sirfshampoo._report.memory import check_memory
@@ -329,16 +329,15 @@ class SIRFShampoo(UnitOptimizer):
                 )
             with torch.enable_grad():
                 result = closure()
-        tasks, batch_size = self._plan()
-        with full_precision({task.skipped.device.type for task in tasks}):
-            workspace, route = self._engine.workspace, self._engine.route()
-            take_steps(tasks, batch_size, workspace, route)
+        tasks, batch_size, precision = self._plan()
+        with precision:
+            take_steps(tasks, batch_size, self._engine.workspace, self._engine.route())
         self._close(tasks, batch_size)
         return result
 
     @untraced
-    def _plan(self) -> tuple[list[Task], int]:
-        """Return what is to be done, and the batch size."""
+    def _plan(self) -> tuple[list[Task], int, Precision]:
+        """Return what is to be done, the batch size, and in which precision."""
         units = self._engine.units
         present, counted = self._engine.agree(self._batch_size.counted())
         moving = [u for u, has in zip(units, present, strict=True) if any(has)]
@@ -356,7 +355,8 @@ class SIRFShampoo(UnitOptimizer):
         tasks = self._engine.plan(
             self.param_groups, self.state, self.global_step, present
         )
-        return tasks, batch_size
+        precision = full_precision({task.skipped.device.type for task in tasks})
+        return tasks, batch_size, precision
 
     @untraced
     def _close(self, tasks: Sequence[Task], batch_size: int) -> None:

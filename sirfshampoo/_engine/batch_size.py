@@ -20,6 +20,7 @@ from sirfshampoo._engine.examples import (
     tensors_in,
 )
 from sirfshampoo._engine.warn import warn_of_batch_size
+from sirfshampoo._method import device
 
 #: After how many steps on end with another batch size than expected to warn.
 _PATIENCE = 5
@@ -242,6 +243,15 @@ class ForwardHook:
         self._note = torch.compiler.disable(self._note_untraced)
 
     @property
+    def __name__(self) -> str:
+        """Say to `torch.jit.script`, which asks for it, why there is none."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the hook by which SIRFShampoo counts "
+            "examples: script the model once the optimizer is gone (del optimizer), "
+            "or pass 'batch_size' to SIRFShampoo as an integer, then there is no hook."
+        )
+
+    @property
     def is_dead(self) -> bool:
         """Whether it counts for nobody."""
         return self._counter is None or self._counter() is None
@@ -254,7 +264,7 @@ class ForwardHook:
         output: Any,
     ) -> None:
         """Note a forward pass."""
-        if self._counter is not None:
+        if self._counter is not None and not device.is_exporting():
             self._note(module.training, args, kwargs, output)
 
     def _note_untraced(self, *forward_pass: Any) -> None:

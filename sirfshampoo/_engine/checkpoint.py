@@ -108,8 +108,8 @@ def check_fit(
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"Argument 'state_dict' must have {len(groups)} parameter groups, one for "
-            f"each pre-conditioner, got {len(saved_groups)}: it is of another model, or "
-            "rules join other parameters, as when part of what they join is frozen "
+            f"each pre-conditioner, got {len(saved_groups)}: it is of another model, "
+            "or rules join other parameters, as when part of what they join is frozen "
             "before the optimizer is built."
         )
     by_parameter: dict[Tensor, dict[str, Tensor]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ class Settings(NamedTuple):
         )
 
 
-class Task(NamedTuple):
+@dataclass(eq=False)
+class Task:
     """A run of rows of a stack, and what a step does with it."""
 
     stack: Stack

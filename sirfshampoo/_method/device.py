@@ -23,6 +23,12 @@ def is_at_hand(tensor: Tensor) -> bool:
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
+def is_exporting() -> bool:
+    """Return whether `torch.export` looks at a model."""
+    # not `is_exporting`, which is always true in what older `torch.compile` traces
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """Have `torch.compile` leave a function to Python, with all that it calls.
 

@@ -30,7 +30,7 @@ class Form(NamedTuple):
     size: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by older compilers, half-built
 class Preconditioner:
     """The factor K_n of one axis as it is multiplied onto gradients.
 
@@ -67,7 +67,7 @@ class Preconditioner:
             scale = whole if scale is None else whole * scale
         outer = K.outer() if form.squared else None
         if outer is None:
-            form = form._replace(squared=False)
+            form = Form(form.times, False, form.size)
         return cls(K if outer is None else outer, form, scale)
 
     @classmethod
@@ -84,7 +84,7 @@ class Preconditioner:
             matrix = outer.zeros(K.dim, batch=tuple(K.batch_shape), **kind)
         elif K.dtype == torch.float16:
             matrix = K.map(torch.empty_like)
-        return cls(matrix, form._replace(squared=outer is not None), scale)
+        return cls(matrix, Form(form.times, outer is not None, form.size), scale)
 
     def __call__(self, X: Tensor) -> Tensor:
         """Multiply onto X of shape ``[rows, d_n, columns]``, but for the scale."""

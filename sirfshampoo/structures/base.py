@@ -124,7 +124,9 @@ class StructuredMatrix(ABC):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of all fields."""
-        return tuple(vars(self).values())
+        # not `vars`, which older compilers cannot trace
+        names: tuple[str, ...] = self.__match_args__
+        return tuple([getattr(self, name) for name in names])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the matrix whose fields are `function` of this one's fields."""

@@ -235,10 +235,12 @@ def meshes() -> dict[str, Any]:
 
 def shard(model: nn.Module, mesh: Any, plain: tuple[str, ...] = ()) -> nn.Module:
     """Shard a model, less the parameters whose names are given."""
-    ignored = {model.get_parameter(name) for name in plain}
+    options: dict[str, Any] = {"mesh": mesh}
+    if plain:  # torch 2.6 knows no such option
+        options["ignored_params"] = {model.get_parameter(name) for name in plain}
     for layer in (model.first, *model.equal):
-        fully_shard(layer, mesh=mesh, ignored_params=ignored)
-    return fully_shard(model, mesh=mesh, ignored_params=ignored)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 
 def fsdp(
