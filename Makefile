@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test test-all check check-all bench bench-train gpu conformance scale soak report clean
+.PHONY: help setup demo lint test test-all test-floor check check-all bench bench-train gpu conformance scale soak report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
@@ -43,6 +43,23 @@ test: setup ## run the tests (5 to 7 minutes)
 test-all: setup ## run the heavy tests, too (about 11 minutes)
 	@$(PYTEST) -m '' --hypothesis-profile=heavy $(ARGS)
 
+# Where a Python's own environment with the lowest torch promised lies.
+FLOOR = .venv-floor/$(notdir $(PYTHON))
+# What that torch needs otherwise, of what is pinned.
+UNPINNED := torch|sympy
+
+.venv-floor/%/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(@D) ..."
+	@$(PYTHON) -m venv $(@D)
+	@grep -vE '^($(UNPINNED))==' constraints.txt > $(@D)/constraints.txt
+	@PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/python -m pip install -qq -e '.[test]' \
+	"torch==$$(sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml).*"
+	@touch $@
+
+test-floor: $(FLOOR)/.installed ## run the tests with the lowest torch promised (draws 3 GB; PYTHON=python3.13)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 \
+	--ignore=tests/benchmarks $(ARGS)
+
 check: lint test ## lint, then test
 
 check-all: lint test-all ## what CI runs: lint, then test-all
@@ -68,6 +85,6 @@ soak: setup ## train for 20,000 steps with each structure (15 minutes)
 report: setup ## rewrite the tables of the README from committed results
 	@$(RUN) -m benchmarks.report $(ARGS)
 
-clean: ## remove .venv, caches and out/
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis out build dist
+clean: ## remove environments, caches and out/
+	rm -rf .venv .venv-floor .mypy_cache .pytest_cache .ruff_cache .hypothesis out build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

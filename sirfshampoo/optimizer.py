@@ -331,7 +331,10 @@ class SIRFShampoo(UnitOptimizer):
                 result = closure()
         tasks, batch_size, precision = self._plan()
         with precision:
-            take_steps(tasks, batch_size, self._engine.workspace, self._engine.route())
+            # a tensor among the arguments: compilers pass over calls without any
+            counters = [task.skipped for task in tasks]
+            how = self._engine.workspace, self._engine.route()
+            take_steps(tasks, batch_size, *how, counters)
         self._close(tasks, batch_size)
         return result
 

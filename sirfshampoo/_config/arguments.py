@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.jit import ScriptModule
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
@@ -68,6 +69,12 @@ def check_batch_size(batch_size: Any, model: Any) -> None:
             "Argument 'batch_size' must be an integer > 0 if parameters stand in the "
             "place of 'model': there are no forward passes to count examples in. Got "
             f"{batch_size!r}. Or pass the model itself as the first argument."
+        )
+    if callable(batch_size) and isinstance(model, ScriptModule):
+        raise ValueError(
+            "Argument 'batch_size' must be an integer > 0 for a model of "
+            "torch.jit.script, which lets no hook count its examples. Got "
+            f"{batch_size!r}."
         )
 
 

@@ -65,7 +65,7 @@ class Task:
     settings: Settings
     preparation: Preparation
     lrs: list[Tensor]  # of the rows, where learning rates are tensors
-    skipped: Tensor  # of the rows; Dynamo passes over calls that get no tensor
+    skipped: Tensor  # of the rows
 
     @property
     def units(self) -> Sequence[Unit]:

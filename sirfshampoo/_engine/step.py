@@ -45,7 +45,11 @@ class Route(Protocol):
 
 
 def take_steps(
-    tasks: Sequence[Task], batch_size: int, workspace: Workspace, route: Route
+    tasks: Sequence[Task],
+    batch_size: int,
+    workspace: Workspace,
+    route: Route,
+    counters: Sequence[Tensor],
 ) -> None:
     """Do what is planned.
 
@@ -54,6 +58,7 @@ def take_steps(
         batch_size: The number of examples that the gradients average over.
         workspace: Memory for what is needed within the call.
         route: Between the parameters and where their factors lie.
+        counters: The tasks' `skipped`: Dynamo passes over calls that get no tensor.
     """
     for task in route.in_turn(tasks):
         settings, variant = task.settings, task.settings.variant

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.versions import allow_own_warnings
+
 TIMEOUT = 30.0
 """Seconds after which a collective fails, and so does the test."""
 
@@ -39,6 +41,7 @@ def join_ranks(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    allow_own_warnings()
     if "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(

@@ -125,7 +125,9 @@ def test_each_group_has_a_rate_of_its_own() -> None:
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 2.0):
         plateau.step(loss)  # a shared one would be halved once a group
-    assert [rate.item() for rate in rates] == pytest.approx([0.05, 0.05])
+    # some versions of torch put a number in the place of the tensor
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.05, 0.05])
     assert lr.item() == pytest.approx(0.1)
 
 
