@@ -309,8 +309,7 @@ class SIRFShampoo(UnitOptimizer):
         more if not all groups are updated in the same steps.
 
         Args:
-            closure: Not supported, unless `allow_closure` is set: then it computes the
-                gradients.
+            closure: Not supported, unless `allow_closure` is set.
 
         Returns:
             What the closure returns; None without.
@@ -331,10 +330,8 @@ class SIRFShampoo(UnitOptimizer):
                 result = closure()
         tasks, batch_size, precision = self._plan()
         with precision:
-            # a tensor among the arguments: compilers pass over calls without any
-            counters = [task.skipped for task in tasks]
             how = self._engine.workspace, self._engine.route()
-            take_steps(tasks, batch_size, *how, counters)
+            take_steps(tasks, batch_size, *how, [task.skipped for task in tasks])
         self._close(tasks, batch_size)
         return result
 
