@@ -104,8 +104,10 @@ class SIRFShampoo(UnitOptimizer):
         exponent: float = 1.0,
         momentum_first: bool = False,
         nesterov: bool = False,
-        max_update_norm: float | None = None,
-        max_update_rms: float | None = None,
+        normalize_update: bool = False,
+        max_relative_update: float | None = None,
+        clamp: str = "frobenius",
+        relative_damping: bool = False,
         cautious_decay: bool = False,
         decay_vectors: bool = True,
         allow_closure: bool = False,
@@ -155,7 +157,8 @@ class SIRFShampoo(UnitOptimizer):
                 ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, those
                 with other sizes, such as ``'block64diagonal'`` and
                 ``'hierarchical8_8'``, and ``'dense1024'``: ``'dense'`` for axes up to
-                1024, ``'diagonal'`` for longer ones.
+                1024, ``'block64diagonal'`` for longer ones, and ``'diagonal'`` from 16
+                times that on.
             preconditioner_dtypes: The data type of the Kronecker factors, in the same
                 format: float16, bfloat16, float32, float64, or None for the type of
                 the parameter.
@@ -165,14 +168,11 @@ class SIRFShampoo(UnitOptimizer):
             verbose_init: Whether to print how parameters are grouped and which
                 pre-conditioners they get.
             spread_updates: Whether to spread the updates of the pre-conditioners over
-                the steps, so that no step does much more than another. Without, all
-                groups of equal integer ``T`` are updated when ``step % T == 0``. With
-                it, when ``step % T`` is a number of the group's own, chosen such that
-                counted operations are balanced; it follows from shapes, structures,
-                ``T`` and whether ``lam`` is 0, in the order of the groups, hence a
-                checkpoint holds nothing of it. A callable ``T`` keeps its own mind.
-                Where pre-conditioners are sharded, it is each rank that is balanced,
-                hence the steps of updates depend on the number of ranks.
+                the steps, so that no step does much more than another: a group is
+                updated when ``step % T`` is a number of its own, chosen such that
+                counted operations are balanced (where pre-conditioners are sharded, on
+                each rank). The numbers follow from the groups, hence a checkpoint holds
+                nothing of them. A callable ``T`` keeps its own mind.
             process_group: The ranks of ``torch.distributed`` that see different
                 examples: examples that are counted are summed over them once a step.
                 A process group, a mesh of devices, or False if this rank trains by
@@ -189,9 +189,7 @@ class SIRFShampoo(UnitOptimizer):
                 gradient G, with N axes. The first gradient updates factors whatever `T`
                 says. Until a finite one has come they are 0, and parameters rest, but
                 for the weight decay (after one that is not, a CPU tries the next, an
-                accelerator and `shard_preconditioners` that which `T` says). It spares
-                the updates that pass from the identity until factors have the
-                gradient's scale.
+                accelerator and `shard_preconditioners` that which `T` says).
             exponent: Which power p of the inverse (K_1 ⊗ … ⊗ K_N)(K_1 ⊗ … ⊗ K_N)ᵀ
                 pre-conditions: 1; 0.5, as in Shampoo, SOAP and, element by element,
                 Adam; or 0.75 between. A smaller one trusts rare directions less, and
@@ -211,15 +209,16 @@ class SIRFShampoo(UnitOptimizer):
             nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V. The newest gradient counts at once.
-            max_update_norm: The largest Frobenius norm of U, of each pre-conditioner
-                and step: a larger U is scaled down. Without `momentum_first`, the
-                momentum adds up to 1 / (1 − alpha1) of them. U grows as gradients
-                vanish; a limit stops the divergence that the next surprise makes of it.
-                Default: None, no limit.
-            max_update_rms: The largest root mean square of the entries of U, in the
-                same way. If both are given, what stays within one of them may pass: a
-                norm for small matrices, whose every entry may have to go far, a root
-                mean square for large ones. Default: None, no limit.
+            normalize_update: Whether U is scaled to the size of a matrix with
+                orthonormal rows: ‖U‖_S4 = √m · r^(−1/4), with m the first axis and
+                r = min(m, D / m). A vector gets the length 1. The Schatten-4 norm
+                ‖U‖_S4 = ‖U Uᵀ‖_F^(1/2) takes one product.
+            max_relative_update: How far lr · U moves a parameter at most, beside its
+                Frobenius norm, or ½ √m if that is more. Default: None, no limit.
+            clamp: Which norm of m limits the step of K: ``'frobenius'``, with which
+                long axes learn slowly; or ``'spectral'``, by the power method.
+            relative_damping: Whether `lam` counts in units of B · mean(G²), and factors
+                rest while a gradient is 0.
             cautious_decay: Whether `kappa` shrinks only the weights that U shrinks,
                 too, those where U · W > 0 ("Cautious Weight Decay", arXiv 2510.12402):
                 weights that have to grow are not held back, noise is.
@@ -227,10 +226,9 @@ class SIRFShampoo(UnitOptimizer):
                 biases and norms, too; axes of size 1 do not count.
             allow_closure: Whether `step` runs a closure with gradients enabled, then
                 steps, as torch's optimizers do. PyTorch Lightning needs it.
-            expected_batch_size: For how many examples a step the other settings are
-                made; `recipe` gives it. A warning tells if others are counted for
-                several steps on end. It is the `batch_size` where parameters stand in
-                the place of `model`. Default: None, any number will do.
+            expected_batch_size: How many examples a step has. A warning tells if others
+                are counted for several steps on end. It is the `batch_size` where
+                parameters stand in the place of `model`. Default: None, any number.
             weight_decay: Another name of `kappa`, for frameworks that pass torch's.
 
         Raises:
@@ -250,8 +248,10 @@ class SIRFShampoo(UnitOptimizer):
             exponent=exponent,
             momentum_first=momentum_first,
             nesterov=nesterov,
-            max_update_norm=max_update_norm,
-            max_update_rms=max_update_rms,
+            normalize_update=normalize_update,
+            max_relative_update=max_relative_update,
+            clamp=clamp,
+            relative_damping=relative_damping,
             cautious_decay=cautious_decay,
             decay_vectors=decay_vectors,
             allow_closure=allow_closure,

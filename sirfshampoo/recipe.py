@@ -15,22 +15,18 @@ from sirfshampoo._config.checks import check_count
 
 __all__ = ["GrowingInterval", "choose_structures", "recipe"]
 
-#: The learning rate is this, times AdamW's, times √(batch size) / ∜(parameters).
-_RATE = 4.0
+#: The learning rate is so many times AdamW's: a step has the size of a matrix with
+#: orthonormal rows, whatever the loss, the batch and the number of parameters.
+_RATE = 60.0
 
-#: lr · U has at most this Frobenius norm, in units of AdamW's learning rate, in runs of
-#: up to so many steps (of longer ones less, see below); matrices with more than so many
-#: entries have the root mean square that it makes for these.
-_LONGEST, _STEPS_AT_LONGEST, _ENTRIES_AT_LONGEST = 430.0, 400, 8192
-
-#: The steps of a run that nobody tells.
-_USUAL_STEPS = 1000
+#: No parameter moves by more in a step, relative to its size.
+_LONGEST = 0.05
 
 #: Tensors have at most so many axes.
 _AXES = range(2, 9)
 
 #: Weights shrink by the first in a step, or by the second over all, if that is less.
-_SHRINK, _SHRINK_OVERALL = 0.015, 5.0
+_SHRINK, _SHRINK_OVERALL = 0.015, 1.0
 
 
 def recipe(
@@ -54,20 +50,18 @@ def recipe(
         model: The neural network.
         batch_size: The number of examples in a step, as the optimizer counts them: the
             length of the inputs' leading axis. Of text that is sequences, not tokens.
-            The learning rate depends on it.
-        steps: How many steps training takes: the longest step and the weight decay
-            follow from it.
+            No setting depends on it; a step warns if others are counted.
+        steps: How many steps training takes: the weight decay follows from it.
         lr: AdamW's learning rate, to which the recipe's own is proportional. Leave it
-            at 1e-3, with which all was measured, whatever a search of AdamW finds: at
-            four times that, runs are lost.
+            at 1e-3, with which all was measured, whatever a search of AdamW finds.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
         weight_decay: Weights shrink by lr · weight_decay in a step, as AdamW's.
-            Default: by 0.015 at the full learning rate, or by 5 / `steps` if that is
-            less; not at all without `steps`. This is a `weight_decay` of 15, or of
-            5000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is next to nothing
-            here. Vectors such as biases never shrink.
-        max_dense: The longest axis with a dense factor; longer ones, and vectors, have
-            diagonal factors.
+            Default: by 1 / `steps` at the full learning rate, or by 0.015 if that is
+            less; not at all without `steps`. This is a `weight_decay` of
+            1000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is less in runs of
+            fewer than 10,000 steps. Vectors such as biases never shrink.
+        max_dense: The longest axis with a dense factor; longer ones have block-diagonal
+            factors, those of 16 times that length and vectors diagonal ones.
 
     Returns:
         Keyword arguments. Change or add what you like before you pass them on.
@@ -81,24 +75,18 @@ def recipe(
     if steps is not None:
         check_count("steps", steps)
     check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
-    size = max(sum(p.numel() for p in model.parameters() if p.requires_grad), 1)
-    # with the inverse in place of its power ¾, U would have the length √(size / B) in
-    # the metric that it inverts; with the square root, entries of about 1 / √B
-    own = _RATE * lr * batch_size**0.5 / size**0.25
+    own = _RATE * lr
     shrink = 0.0
     if weight_decay is not None:
         shrink = lr * weight_decay
     elif steps is not None:
         shrink = min(_SHRINK, _SHRINK_OVERALL / steps)
-    # steps that go anywhere add up as the root of their number
-    ratio = min(_STEPS_AT_LONGEST / (steps or _USUAL_STEPS), 1.0)
-    longest = _LONGEST * lr / own * ratio**0.5
     return {
         "lr": own,
         "beta2": 0.3,
         "alpha1": float(betas[0]),
         "alpha2": 0.0,
-        "lam": 1e-6,
+        "lam": 1e-4,
         "kappa": shrink / own,
         "T": GrowingInterval(10),
         "structures": {1: "diagonal"} | dict.fromkeys(_AXES, f"dense{max_dense}"),
@@ -106,8 +94,10 @@ def recipe(
         "exponent": 0.75,
         "momentum_first": True,
         "nesterov": True,
-        "max_update_norm": longest,
-        "max_update_rms": longest / _ENTRIES_AT_LONGEST**0.5,
+        "normalize_update": True,
+        "max_relative_update": _LONGEST,
+        "clamp": "spectral",
+        "relative_damping": True,
         "cautious_decay": True,
         "decay_vectors": False,
         "expected_batch_size": batch_size,

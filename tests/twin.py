@@ -197,6 +197,18 @@ class Unit:
         self.Pi = [PROJECTIONS[name] for name in names]
 
 
+def norm_of(m: Tensor, clamp: str) -> float:
+    """Return the norm that limits the step of a factor."""
+    if clamp == "frobenius":
+        return float((m**2).sum() ** 0.5)
+    if torch.equal(m, m.diag().diag()):
+        return float(m.abs().max())
+    x = torch.zeros(len(m), dtype=torch.float64)
+    x[m.diag().abs().argmax()] = 1.0
+    x = m.T @ m @ x  # a round of the power method
+    return float((m.T @ m @ x).norm() / (m @ x).norm())
+
+
 def number_of_times(exponent: float, axis: int, axes: int) -> int:
     """Return how often a factor is multiplied on."""
     return {0.5: 1, 0.75: 2 if axis == 0 and axes > 1 else 1, 1.0: 2}[exponent]
@@ -221,8 +233,10 @@ class Twin:
         exponent: float = 1.0,
         momentum_first: bool = False,
         nesterov: bool = False,
-        max_update_norm: float | None = None,
-        max_update_rms: float | None = None,
+        normalize_update: bool = False,
+        max_relative_update: float | None = None,
+        clamp: str = "frobenius",
+        relative_damping: bool = False,
         cautious_decay: bool = False,
         decay_vectors: bool = True,
     ) -> None:
@@ -256,9 +270,13 @@ class Twin:
 
         starts = all(float(K_n.abs().max()) == 0 for K_n in K)
         due = T(self.global_step) if callable(T) else self.global_step % T == 0
-        if due or starts:  # whatever T says
+        lam, relative = s["lam"], s["relative_damping"]
+        if relative:
+            lam = s["lam"] * B * float((G**2).mean())
+        # whatever T says, factors start; a gradient of 0 has no scale
+        if (due or starts) and not (relative and not G.any()):
             if starts:
-                power = B * float((G**2).mean()) + s["lam"]
+                power = B * float((G**2).mean()) + lam
                 for n in axes:
                     K[n] = power ** (-0.5 / G.ndim) * torch.eye(len(K[n])).double()
             # every quantity from the old factors of all axes
@@ -270,12 +288,12 @@ class Twin:
                 others = [i for i in axes if i != n]
                 H = unfold(A, n) @ unfold(A, n).T / prod(G.shape[i] for i in others)
                 traces = prod(float((K[i] ** 2).sum()) / G.shape[i] for i in others)
-                damping = s["lam"] * traces * unit.Pi[n](K[n].T @ K[n])
+                damping = lam * traces * unit.Pi[n](K[n].T @ K[n])
                 identity = torch.eye(G.shape[n], dtype=torch.float64)
                 step.append((unit.Pi[n](H) + damping - identity) / 2)
             for n in axes:
                 m[n] = s["alpha2"] * m[n] + (1 - s["alpha2"]) * step[n]
-                size = max(1.0, float((m[n] ** 2).sum() ** 0.5))
+                size = max(1.0, norm_of(m[n], s["clamp"]))
                 rate = s["beta2"] / size
                 if number_of_times(s["exponent"], n, G.ndim) == 2:
                     K[n] = K[n] - rate * K[n] @ m[n]
@@ -294,13 +312,19 @@ class Twin:
             P = K[n] if number == 1 else K[n] @ K[n].T  # 0 until factors start
             size = max(size, 1e-30)
             U = times(U, size ** (2 * s["exponent"] - number) * P, n)
-        size = max(float((U**2).sum() ** 0.5), 1e-300)
-        by_norm, by_rms = s["max_update_norm"], s["max_update_rms"]
-        if by_norm is not None or by_rms is not None:
-            limit = max(by_norm or 0.0, (by_rms or 0.0) * U.numel() ** 0.5)
-            U = U * min(1.0, limit / size)
+        if s["normalize_update"]:
+            X = U.reshape(len(U), -1) if U.ndim > 1 else U.reshape(1, -1)
+            schatten4 = float((torch.linalg.svdvals(X) ** 4).sum() ** 0.25)
+            wanted = len(X) ** 0.5 * min(X.shape) ** -0.25
+            U = U * (wanted / max(schatten4, 1e-300))
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
+            if s["max_relative_update"] is not None:
+                least = 0.5 * (len(decayed) if decayed.ndim > 1 else 1) ** 0.5
+                longest = max(float((decayed**2).sum() ** 0.5), least)
+                longest *= s["max_relative_update"]
+                length = s["lr"] * float((P**2).sum() ** 0.5)
+                P = P * min(1.0, longest / max(length, 1e-300))
             if not s["decay_vectors"] and sum(d != 1 for d in decayed.shape) < 2:
                 decayed = 0 * decayed
             if s["cautious_decay"]:

@@ -110,11 +110,16 @@ _CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "T10": ("T = 10 from the start", {"T": 10}),
     "momentum-last": ("momentum after pre-conditioning", {"momentum_first": False}),
     "heavy-ball": ("without Nesterov's look ahead", {"nesterov": False}),
+    "natural": ("U at its own size", {"normalize_update": False, "lr": 4e-3}),
     "unlimited": (
-        "without limits",
-        {"max_update_norm": None, "max_update_rms": None},
+        "no limit relative to the parameter",
+        {"max_relative_update": None},
     ),
-    "norm-only": ("without max_update_rms", {"max_update_rms": None}),
+    "frobenius": ("clamp by ‖m‖_F", {"clamp": "frobenius"}),
+    "absolute": (
+        "absolute damping",
+        {"relative_damping": False, "lam": 1e-6},
+    ),
     "plain-decay": ("decay not cautious", {"cautious_decay": False}),
     "adamw-decay": ("weight_decay=0.1", {"weight_decay": 0.1}),
 }

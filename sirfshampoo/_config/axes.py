@@ -10,8 +10,11 @@ import torch
 
 from sirfshampoo.structures import structure_class
 
-#: 'dense1024' is 'dense' for axes up to 1024, 'diagonal' for longer ones.
+#: 'dense1024' is 'dense' for axes up to 1024, block-diagonal for longer ones, and
+#: 'diagonal' for those of so many times that length: there, neighbours are strangers,
+#: such as the words of a vocabulary.
 _LIMITED = re.compile("dense([1-9][0-9]*)")
+_BLOCKS, _STRANGERS = "block64diagonal", 16
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,7 +28,7 @@ def check_structure(argument: str, name: Any) -> None:
     except ValueError as error:
         raise ValueError(
             f"Argument '{argument}' must name supported structures. {error} "
-            "'dense<size>' stands for 'dense' up to a size and 'diagonal' beyond."
+            "'dense<size>' stands for 'dense' up to a size, block-diagonal beyond."
         ) from None
 
 
@@ -97,7 +100,10 @@ def _of_axis(name: str, dim: int) -> str:
     limited = _LIMITED.fullmatch(name)
     if limited is None:
         return name
-    return "dense" if dim <= int(limited[1]) else "diagonal"
+    longest = int(limited[1])
+    if dim <= longest:
+        return "dense"
+    return _BLOCKS if dim < _STRANGERS * longest else "diagonal"
 
 
 def dtypes_of_axes(

@@ -11,6 +11,7 @@ from sirfshampoo._distributed.shards import (
     local_like,
     placement,
     shard_rows,
+    sum_over_shards,
     whole,
     whole_rows,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "local_like",
     "placement",
     "shard_rows",
+    "sum_over_shards",
     "whole",
     "whole_rows",
 ]

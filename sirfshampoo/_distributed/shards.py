@@ -138,6 +138,23 @@ def shard_rows(rows: Tensor, like: Tensor) -> Tensor:
     return whole.redistribute(mesh, _behind_rows(like.placements)).to_local()
 
 
+def sum_over_shards(shares: Tensor, like: Tensor) -> Tensor:
+    """Add up what each shard of a tensor contributes; where it is whole, nothing.
+
+    Args:
+        shares: This rank's contribution, of any shape.
+        like: The tensor.
+    """
+    if not is_dtensor(like):
+        return shares
+    from torch.distributed.tensor import Partial, Replicate
+
+    placements = [Partial() if p.is_shard() else Replicate() for p in like.placements]
+    sums = like.from_local(shares, like.device_mesh, placements, run_check=False)
+    with awaiting("sums over shards"):
+        return sums.full_tensor()
+
+
 def fill(target: Tensor, source: Tensor) -> None:
     """Copy numbers into a tensor, whichever of the two are distributed.
 

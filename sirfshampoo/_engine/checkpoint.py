@@ -168,8 +168,8 @@ def check_symmetric(
             if matrix and not t.is_meta and not torch.equal(t, t.mT):
                 raise ValueError(
                     "Argument 'state_dict' must have symmetric factors for the "
-                    f"exponent {unit.exponent}, got {key!r} of group {unit.group}, "
-                    "which is not: it was learned with another exponent."
+                    f"exponent {unit.variant.exponent}, got {key!r} of group "
+                    f"{unit.group}, which is not: it was learned with another exponent."
                 )
 
 

@@ -86,7 +86,8 @@ def cost_of(unit: Unit, group: Mapping[str, Any]) -> Cost:
         unit.structures,
         unit.dtypes,
         unit.times,
-        unit.exponent,
+        unit.powers,
+        normalizes=unit.variant.normalize_update,
         has_m=bool(group["alpha2"]),
         damped=bool(group["lam"]),
         interval=interval_of(group),
@@ -99,8 +100,9 @@ def _cost(
     structures: tuple[str, ...],
     dtypes: tuple[torch.dtype, ...],
     times: tuple[int, ...],
-    exponent: float,
+    powers: tuple[float, ...],
     *,
+    normalizes: bool,
     has_m: bool,
     damped: bool,
     interval: int,
@@ -108,7 +110,8 @@ def _cost(
     axis_bytes: list[int] = []
     kept_bytes = update_flops = step_flops = 0
     elementwise = all(name == "diagonal" for name in structures)
-    for dim, name, dtype, t in zip(dims, structures, dtypes, times, strict=True):
+    axes = zip(dims, structures, dtypes, times, powers, strict=True)
+    for dim, name, dtype, t, power in axes:
         structure, columns = structure_class(name), dims.numel() // max(dim, 1)
         stored = structure.num_stored(dim)
         axis_bytes.append(stored * dtype.itemsize * (2 if has_m else 1))
@@ -133,10 +136,12 @@ def _cost(
             step_flops += t * product
             if interval > 1 and dtype == torch.float16:
                 kept_bytes += stored * dtype.itemsize
-        if interval > 1 and (dtype == torch.float16 or t != 2 * exponent):
+        if interval > 1 and (dtype == torch.float16 or power):
             kept_bytes += accumulation_dtype(dtype).itemsize  # its scale
     if elementwise:
         update_flops += dims.numel()
+    if normalizes and len(dims) > 1:  # U Uᵀ, or Uᵀ U
+        step_flops += 2 * dims.numel() * min(dims[0], dims[1:].numel())
     return Cost(tuple(axis_bytes), kept_bytes, update_flops, step_flops)
 
 

@@ -104,7 +104,7 @@ class KeptProducts:
 
     def _forms(self, interval: int) -> list[Form]:
         """Return the form of each axis; K Kᵀ is formed where that pays."""
-        size, exponent = self._unit.dims.numel(), self._unit.exponent
+        size, unit = self._unit.dims.numel(), self._unit
         return [
             Form(
                 times,
@@ -112,9 +112,9 @@ class KeptProducts:
                 and squaring_pays(
                     type(K_n), K_n.dtype, K_n.dim, size // max(K_n.dim, 1), interval
                 ),
-                2 * exponent - times,
+                power,
             )
-            for K_n, times in zip(self._K, self._unit.times, strict=True)
+            for K_n, times, power in zip(self._K, unit.times, unit.powers, strict=True)
         ]
 
     def _prepare(self, rows: slice, forms: Sequence[Form]) -> list[Preconditioner]:

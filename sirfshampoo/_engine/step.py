@@ -9,18 +9,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import local, shard_rows
+from sirfshampoo._distributed import local, shard_rows, sum_over_shards
 from sirfshampoo._engine.joint import joined, joint_gradients, scattered
 from sirfshampoo._engine.kept import Preparation
 from sirfshampoo._engine.momenta import add_gradients, whole_momenta
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
-from sirfshampoo._engine.units import is_matrix
+from sirfshampoo._engine.units import Unit, is_matrix
 from sirfshampoo._method import elementwise
-from sirfshampoo._method.descent import descend, limit_update
-from sirfshampoo._method.factors import Workspace, start_factors, update_factors
+from sirfshampoo._method.descent import (
+    descend,
+    limit_update,
+    normalize_update,
+    squared_norms,
+)
+from sirfshampoo._method.factors import (
+    Workspace,
+    mean_square,
+    start_factors,
+    update_factors,
+)
 from sirfshampoo._method.preconditioner import precondition
-from sirfshampoo._method.rows import finite_rows
+from sirfshampoo._method.rows import both, finite_rows, unless_all
 from sirfshampoo.structures.base import accumulation_dtype
 
 
@@ -73,7 +83,8 @@ def take_steps(
         moves = _and_finite(moves, U)
         if moves is not None:
             task.skipped.add_(~moves)
-        U = limit_update(U, norm=variant.max_update_norm, rms=variant.max_update_rms)
+        if variant.normalize_update:
+            U = normalize_update(U)
         route.deliver(task, scattered(task.units, U), moves)
 
 
@@ -81,9 +92,14 @@ def _update_factors(
     task: Task, G: Tensor, batch_size: int, workspace: Workspace
 ) -> Tensor | None:
     """Update the factors of a task; return which rows moved (None: all)."""
-    settings = task.settings
-    if settings.variant.initial_factors == "gradient":
-        start_factors(task.K, G, batch_size=batch_size, lam=settings.lam)
+    settings, variant = task.settings, task.settings.variant
+    lam: float | Tensor = settings.lam
+    learns: Tensor | None = None
+    if variant.relative_damping:
+        power = mean_square(G, batch_size)
+        lam, learns = lam * power, unless_all(power > 0)
+    if variant.initial_factors == "gradient":
+        start_factors(task.K, G, batch_size=batch_size, lam=lam)
     update = partial(update_factors, workspace=workspace)
     if task.stack.elementwise:
         update = elementwise.update_factors  # type: ignore[assignment]
@@ -95,7 +111,9 @@ def _update_factors(
         batch_size=batch_size,
         beta2=settings.beta2,
         alpha2=settings.alpha2,
-        lam=settings.lam,
+        lam=lam,
+        clamp=variant.clamp,
+        learns=learns,
     )
 
 
@@ -130,6 +148,32 @@ def precondition_rows(
     return precondition(stack.products.get(rows, preparation), G)
 
 
+def limit_rows(
+    units: Sequence[Unit],
+    j: int,
+    U: Tensor,
+    W: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    limit: float | None,
+) -> Tensor:
+    """Limit how far the j-th parameters of units go, beside their size.
+
+    Args:
+        units: The units, one a row.
+        j: The position of the parameters in their units.
+        U: Their pre-conditioned gradients, ``[rows, *shape]``; shards where they are.
+        W: What of them lies on this rank.
+        lr: Learning rate; a tensor ``[rows]`` has one value a row.
+        limit: The longest step, relative to the parameter; None: no limit.
+    """
+    if limit is None:
+        return U
+    like = units[0].params[j]
+    squares = sum_over_shards(squared_norms(U, W), like)
+    return limit_update(U, squares, limit=limit, lr=lr, shape=like.shape)
+
+
 def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
     """Move the j-th parameters of a task's units, and their momentum.
 
@@ -145,12 +189,15 @@ def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
     V = None
     if task.stack.V is not None and not variant.momentum_first:
         V = task.stack.V[j][task.rows]
+    lr = task.rate(U.device)
+    W = [local(unit.params[j]) for unit in task.units]
+    U = limit_rows(task.units, j, U, W, lr=lr, limit=variant.max_relative_update)
     descend(
-        [local(unit.params[j]) for unit in task.units],
+        W,
         V,
         U,
         moves=moves,
-        lr=task.rate(U.device),
+        lr=lr,
         alpha1=settings.alpha1,
         kappa=settings.kappa if decays else 0.0,
         nesterov=variant.nesterov,
@@ -184,4 +231,4 @@ def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:
     """Return a mask less the rows of X that are not finite; None: it holds for all."""
     # one entry that is not finite makes the sum so
     finite = finite_rows(X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype)))
-    return finite if moves is None else moves if finite is None else moves & finite
+    return both(moves, finite)

@@ -124,7 +124,7 @@ class UnitOptimizer(Optimizer):
                 names=names,
                 identify=lambda rule: self._model.identify(rule, given["params"]),
                 start=len(self._engine.units),
-                exponent=self._engine.variant.exponent,
+                variant=self._engine.variant,
             )
         finally:
             self.param_groups = before

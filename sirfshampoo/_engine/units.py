@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from sirfshampoo._config.arguments import check_parameter
 from sirfshampoo._config.axes import dtypes_of_axes, structures_of_axes
 from sirfshampoo._config.groups import own_numbers
+from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import whole_rows
 from sirfshampoo.combiner import PreconditionerGroup
 from sirfshampoo.structures import structure_class
@@ -33,8 +34,8 @@ class Unit:
         dims: The shape of that tensor.
         structures: The structure of each axis' Kronecker factor.
         dtypes: The type of each axis' Kronecker factor.
+        variant: The optimizer's options for all parameters.
         owner: The rank that holds the factors; None: every rank.
-        exponent: Which power of the inverse pre-conditions, see `times`.
     """
 
     group: int
@@ -43,8 +44,15 @@ class Unit:
     dims: Size
     structures: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    variant: Variant
     owner: int | None = None
-    exponent: float = 1.0
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Which power of each factor's size is multiplied on beside the factor."""
+        if self.variant.normalize_update:
+            return (0.0,) * len(self.dims)  # what size there is, goes
+        return tuple(2 * self.variant.exponent - times for times in self.times)
 
     @property
     def times(self) -> tuple[int, ...]:
@@ -54,7 +62,7 @@ class Unit:
         what lies between is in the first axis the one, in the others the other.
         """
         twice = {0.5: 0, 0.75: 1 if len(self.dims) > 1 else 0}
-        number = twice.get(self.exponent, len(self.dims))
+        number = twice.get(self.variant.exponent, len(self.dims))
         return tuple(2 if n < number else 1 for n in range(len(self.dims)))
 
     @property
@@ -106,7 +114,7 @@ def form_units(
     names: Sequence[str],
     identify: Callable[[PreconditionerGroup], list[list[Parameter]]],
     start: int,
-    exponent: float = 1.0,
+    variant: Variant,
 ) -> tuple[list[Unit], list[dict[str, Any]]]:
     """Split what the user calls a parameter group into units with a group each.
 
@@ -115,7 +123,7 @@ def form_units(
         names: The names of its parameters.
         identify: What a rule finds in the model.
         start: The index of the first of the new groups.
-        exponent: The optimizer's.
+        variant: The optimizer's options for all parameters.
 
     Returns:
         The units, and their groups.
@@ -151,8 +159,8 @@ def form_units(
         if "param_names" in group:
             new["param_names"] = [names[position[id(p)]] for p in members]
         index = start + len(units)
-        fields = (index, tuple(members), rule, dims, structures, dtypes)
-        unit = Unit(*fields, exponent=exponent)
+        fields = (index, tuple(members), rule, dims, structures, dtypes, variant)
+        unit = Unit(*fields)
         _check_symmetric(unit)
         units.append(unit)
         groups.append(new)
@@ -165,8 +173,8 @@ def _check_symmetric(unit: Unit) -> None:
         if times == 1 and not structure_class(name).HAS_SYMMETRIC:
             raise ValueError(
                 "Argument 'structures' must be dense, diagonal or block-diagonal where "
-                f"the exponent {unit.exponent} takes the square root of a factor, got "
-                f"{name!r} for axis {n} of {tuple(unit.dims)}."
+                f"the exponent {unit.variant.exponent} takes the square root of a "
+                f"factor, got {name!r} for axis {n} of {tuple(unit.dims)}."
             )
 
 

@@ -1,4 +1,4 @@
-"""How parameters move: momentum, the limit on a step, weight decay."""
+"""How parameters move: momentum, the size of a step, weight decay."""
 
 from __future__ import annotations
 
@@ -6,27 +6,71 @@ from collections.abc import Sequence
 from math import sqrt
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
-from sirfshampoo._method.rows import unless_all
+from sirfshampoo._method.rows import magnitude, unless_all
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 
+#: A parameter that is smaller, such as one that starts at 0, counts as so many times a
+#: matrix with orthonormal rows: torch's own start of a linear layer is 0.58 times that.
+_LEAST_WEIGHT = 0.5
 
-def limit_update(U: Tensor, *, norm: float | None, rms: float | None) -> Tensor:
-    """Scale rows of U down to the longest that is allowed.
+
+def normalize_update(U: Tensor) -> Tensor:
+    """Scale rows of U to the size of a matrix with orthonormal rows.
+
+    U ← √m · r^(−1/4) / ‖U‖_S4 · U, for matrices ``[m, D / m]`` with r = min(m, D / m).
+    The Schatten-4 norm ‖U‖_S4 = ‖U Uᵀ‖_F^(1/2) takes one product, and lies between the
+    spectral norm, which sees one direction alone, and the Frobenius norm, which many
+    small ones make large. If all singular values are equal, U has orthonormal rows, or,
+    if it is tall, columns of length √(m / r). A vector is one row: it gets length 1.
 
     Args:
-        U: The pre-conditioned gradients, ``[rows, *dims]``.
-        norm: The largest Frobenius norm of a row; None: no limit.
-        rms: The largest root mean square of its entries. If both are given, what stays
-            within one of them passes.
+        U: The pre-conditioned gradients, ``[rows, *dims]``. What is 0 stays so.
     """
-    limits = [] if norm is None else [norm]
-    limits += [] if rms is None else [rms * sqrt(U.shape[1:].numel())]
-    if not limits:
-        return U
+    X = U.flatten(2) if U.ndim > 2 else U.unsqueeze(1)
+    m, r = X.shape[1], min(X.shape[1:])
+    top = magnitude(U)
+    X = X.to(top.dtype) / per_matrix(top.clamp(min=torch.finfo(top.dtype).tiny), X)
+    S = X @ X.mT if m == r else X.mT @ X
+    norm = torch.linalg.vector_norm(S.flatten(1), dim=1).sqrt()
+    scale = sqrt(m) * max(r, 1) ** -0.25 / norm
+    scale = scale.masked_fill(norm == 0, 0.0)
+    return (X * per_matrix(scale, X)).to(U.dtype).view_as(U)
+
+
+def squared_norms(U: Tensor, W: Sequence[Tensor]) -> Tensor:
+    """Return ‖U‖² and ‖W‖² of each row, ``[2, rows]``; of shards, their shares.
+
+    Args:
+        U: The pre-conditioned gradients of parameters, ``[rows, *shape]``.
+        W: The parameters of the rows, each of shape ``shape``.
+    """
     dtype = accumulation_dtype(U.dtype)
-    scale = max(limits) / torch.linalg.vector_norm(U.flatten(1), dim=1, dtype=dtype)
+    of_U = torch.linalg.vector_norm(U.reshape(len(U), U[0].numel()), dim=1, dtype=dtype)
+    of_W = torch.stack(torch._foreach_norm(list(W), dtype=dtype))
+    return torch.stack([of_U, of_W]).square_()
+
+
+def limit_update(
+    U: Tensor, squares: Tensor, *, limit: float, lr: float | Tensor, shape: Size
+) -> Tensor:
+    """Scale rows of U down where lr · U is long beside the parameter.
+
+    That is where ‖lr · U‖_F > limit · max(‖W‖_F, ½ √m), with m the first axis of a
+    parameter, 1 of a vector.
+
+    Args:
+        U: The pre-conditioned gradients of parameters, ``[rows, *shape]``.
+        squares: The ``[2, rows]`` of `squared_norms`, of whole parameters.
+        limit: The longest step, relative to the parameter.
+        lr: Learning rate; a tensor ``[rows]`` has one value a row.
+        shape: That of a whole parameter.
+    """
+    of_U, of_W = squares.sqrt().unbind(0)
+    m = shape[0] if len(shape) > 1 else 1
+    longest = of_W.clamp(min=_LEAST_WEIGHT * sqrt(m)) * limit
+    scale = longest / (of_U * lr)
     if unless_all(scale >= 1) is None:
         return U
     return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)

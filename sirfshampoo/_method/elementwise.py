@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sirfshampoo._method.preconditioner import Form
-from sirfshampoo._method.rows import LARGEST_FLOAT16, finite_rows
+from sirfshampoo._method.rows import LARGEST_FLOAT16, both, finite_rows
 from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
@@ -29,7 +29,9 @@ def update_factors(
     batch_size: int,
     beta2: float,
     alpha2: float,
-    lam: float,
+    lam: float | Tensor,
+    clamp: str,
+    learns: Tensor | None,
 ) -> Tensor | None:
     """Update the factors K and their Riemannian momenta m in place.
 
@@ -40,6 +42,8 @@ def update_factors(
     Q = G.to(squares[0].dtype).square()
     traces = [k2.mean(-1, keepdim=True) for k2 in squares]  # ‖K_n‖_F² / d_n
 
+    if isinstance(lam, Tensor):
+        lam = lam.unsqueeze(-1)
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
     s = []
     for n, k2 in enumerate(squares):
@@ -49,34 +53,37 @@ def update_factors(
         s.append(h.mul_(k2).sub_(0.5))
 
     # a number that is not finite makes the sum so
-    finite = finite_rows(torch.cat(s, -1).sum(-1, keepdim=True))
+    finite = finite_rows(torch.cat(s, -1).sum(-1))
+    learns = both(learns, finite)
+    mask = None if learns is None else learns.unsqueeze(-1)
     for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
         k, dtype = K_n.diag, K_n.dtype
         if dtype == torch.float16:
             s_n.clamp_(max=LARGEST_FLOAT16)
         # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
-        if finite is not None:
-            s_n.masked_fill_(~finite, 0.0)
+        if mask is not None:
+            s_n.masked_fill_(~mask, 0.0)
         if m is None:
             m_n = s_n
-        elif finite is None:
+        elif mask is None:
             m_n = m[n].diag.lerp_(s_n.to(dtype), 1 - alpha2)
         else:
-            weight = finite.to(s_n.dtype) * (1 - alpha2)
+            weight = mask.to(s_n.dtype) * (1 - alpha2)
             m_n = m[n].diag.lerp_(s_n.to(dtype), weight.to(dtype))
         # K_n ← K_n E with E = I − beta2 / max(1, ‖m_n‖_F) · m_n; where K_n is applied
         # once, K_n ← E K_n E with half the rate
-        norm = torch.linalg.vector_norm(m_n, dim=-1, keepdim=True, dtype=s_n.dtype)
+        order = float("inf") if clamp == "spectral" else 2
+        norm = torch.linalg.vector_norm(m_n, order, -1, keepdim=True, dtype=s_n.dtype)
         rate = norm.clamp_(min=1.0).reciprocal_()
-        if finite is not None:
-            rate *= finite
+        if mask is not None:
+            rate *= mask
         change = m_n * (rate * -beta2)
         if times[n] == 1:
             change = change + change.square() / 4  # (1 + x / 2)² − 1
         k.addcmul_(k, change.to(dtype))
         if dtype == torch.float16:
             k.clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16)
-    return finite if finite is None else finite.squeeze(-1)
+    return finite
 
 
 def precondition(

@@ -18,6 +18,7 @@ from torch import Tensor
 from sirfshampoo._method import device
 from sirfshampoo._method.rows import (
     LARGEST_FLOAT16,
+    both,
     finite_rows,
     fold,
     magnitude,
@@ -62,8 +63,20 @@ class Workspace:
         return type(K)(*(part.view(t.shape) for part, t in pairs))
 
 
+def mean_square(G: Tensor, batch_size: int) -> Tensor:
+    """Return B · mean(G²), ``[rows]``.
+
+    Args:
+        G: Gradients of the mean loss, ``[rows, *dims]``.
+        batch_size: The number of examples B that the loss averages over.
+    """
+    dtype = accumulation_dtype(G.dtype)
+    norm: Tensor = torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=dtype)
+    return norm.square() * (batch_size / max(G[0].numel(), 1))
+
+
 def start_factors(
-    K: Sequence[StructuredMatrix], G: Tensor, *, batch_size: int, lam: float
+    K: Sequence[StructuredMatrix], G: Tensor, *, batch_size: int, lam: float | Tensor
 ) -> None:
     """Let factors that are 0, which have not started, start at the gradient's scale.
 
@@ -81,9 +94,7 @@ def start_factors(
     if device.is_at_hand(first) and first.all():  # the usual case, cheap to tell
         return
     starts = K[0].max_abs() == 0
-    dtype = accumulation_dtype(G.dtype)
-    norm = torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=dtype)
-    power = norm.square() * (batch_size / max(G[0].numel(), 1)) + lam
+    power = mean_square(G, batch_size) + lam
     scale = power.pow(-1 / (2 * len(K)))
     scale = torch.where(starts & scale.isfinite(), scale, torch.zeros_like(scale))
     for K_n in K:
@@ -101,7 +112,9 @@ def update_factors(
     batch_size: int,
     beta2: float,
     alpha2: float,
-    lam: float,
+    lam: float | Tensor,
+    clamp: str,
+    learns: Tensor | None,
     workspace: Workspace,
 ) -> Tensor | None:
     """Update the Kronecker factors K and their Riemannian momenta m in place.
@@ -115,7 +128,10 @@ def update_factors(
         batch_size: The number of examples B that the loss averages over.
         beta2: Learning rate of the factors.
         alpha2: Riemannian momentum.
-        lam: Damping.
+        lam: Damping; a tensor ``[rows]`` has one value a row.
+        clamp: Which norm of m limits its step, ``"frobenius"`` or ``"spectral"``.
+        learns: A mask ``[rows]``; where it is False, a row's factors and momenta stay
+            as they are. None: all rows learn.
         workspace: Memory for what is needed within the call.
 
     Returns:
@@ -125,33 +141,38 @@ def update_factors(
     dims = G.shape[1:]
     A = _whitened(K, G, batch_size)
     # ‖K_n‖_F² / d_n
-    needs_traces = lam and len(K) > 1
+    damped = isinstance(lam, Tensor) or lam != 0
+    needs_traces = damped and len(K) > 1
     traces = [K_n.norm().square() / max(K_n.dim, 1) for K_n in K if needs_traces]
 
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
     s = []
     for n, K_n in enumerate(K):
         X, scale = mat(A.to(K_n.dtype), n), dims[n] / 2
-        if lam:
+        if damped:
             others = [trace for k, trace in enumerate(traces) if k != n]
-            damping = number(reduce(torch.mul, others)) if others else 1.0
+            damping = reduce(torch.mul, [lam / 2, *others])
+            if isinstance(damping, Tensor):
+                damping = number(damping)
             s_n = K_n.damped_gram(
-                X, scale=scale, damping=damping * lam / 2, out=workspace.like(K_n, n)
+                X, scale=scale, damping=damping, out=workspace.like(K_n, n)
             )
         else:
             s_n = K_n.project_gram(X, scale=scale)
         s.append(s_n.shift_(-0.5))
 
     finite = finite_rows(reduce(torch.add, [s_n.probe() for s_n in s]))
+    learns = both(learns, finite)
     for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
         # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
         weight: float | Tensor = 1 - alpha2
-        if finite is not None:
-            s_n.clear_(~finite)
-            weight = finite.to(accumulation_dtype(s_n.dtype)) * weight
+        if learns is not None:
+            s_n.clear_(~learns)
+            weight = learns.to(accumulation_dtype(s_n.dtype)) * weight
         m_n = s_n if m is None else m[n].lerp_(s_n, weight)
-        rate = m_n.norm().clamp_(min=1.0).reciprocal_().mul_(-beta2 * times[n] / 2)
-        change = number(rate if finite is None else rate * finite)
+        size = m_n.spectral_norm() if clamp == "spectral" else m_n.norm()
+        rate = size.clamp_(min=1.0).reciprocal_().mul_(-beta2 * times[n] / 2)
+        change = number(rate if learns is None else rate * learns)
         scratch = workspace.like(K_n, len(K)) if m is None else s_n
         if times[n] == 2:
             # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n

@@ -38,6 +38,11 @@ def unless_all(mask: Tensor) -> Tensor | None:
     return None if device.is_at_hand(mask) and bool(mask.all()) else mask
 
 
+def both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Return where two masks hold; None: everywhere."""
+    return other if mask is None else mask if other is None else mask & other
+
+
 def finite_rows(probes: Tensor) -> Tensor | None:
     """Return where numbers ``[rows]`` are finite, or None like `unless_all`."""
     if device.is_at_hand(probes) and isfinite(probes.sum().item()):

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from sirfshampoo._config.variant import Variant
-from sirfshampoo._engine.joint import joined, joint_gradients
+from sirfshampoo._distributed import whole
+from sirfshampoo._engine.joint import joined, joint_gradients, scattered
 from sirfshampoo._engine.momenta import whole_momenta
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.step import precondition_rows
-from sirfshampoo._method.descent import limit_update
+from sirfshampoo._method.descent import (
+    limit_update,
+    normalize_update,
+    squared_norms,
+)
 from sirfshampoo.structures.base import accumulation_dtype
 
 
@@ -37,7 +42,7 @@ def diagnostics(
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
             alpha1 = float(groups[unit.group]["alpha1"])
-            found = _of_direction(stack, row, alpha1, variant)  # needs all ranks
+            found = _of_direction(stack, row, lr, alpha1, variant)  # needs all ranks
             if stack.held:
                 of_unit[unit.group] = _of_row(stack, row, lr, *found)
     labels = ["+".join(of_unit) for of_unit in names]
@@ -57,7 +62,7 @@ def diagnostics(
 
 
 def _of_direction(
-    stack: Stack, row: int, alpha1: float, variant: Variant
+    stack: Stack, row: int, lr: float, alpha1: float, variant: Variant
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what a unit's parameters move along, and its momentum.
 
@@ -72,13 +77,24 @@ def _of_direction(
         G = joint_gradients([unit], [j for j, has in enumerate(present) if not has])
     if V is not None and variant.momentum_first:
         G, V = V if G is None else G + alpha1 * V, None
+    limit = variant.max_relative_update
+    W = [] if limit is None else [whole(p.detach()) for p in unit.params]
     if G is None or not stack.held:
         return ([] if V is None else momentum), momentum
-    U = limit_update(
-        precondition_rows(stack, rows, G),
-        norm=variant.max_update_norm,
-        rms=variant.max_update_rms,
-    )
+    U = precondition_rows(stack, rows, G)
+    U = normalize_update(U) if variant.normalize_update else U
+    if limit is not None:
+        pieces = [
+            limit_update(
+                U_j,
+                squared_norms(U_j, [W_j]),
+                limit=limit,
+                lr=lr,
+                shape=W_j.shape,
+            )
+            for U_j, W_j in zip(scattered([unit], U), W, strict=True)
+        ]
+        U = joined([unit], pieces)
     return [U if V is None else U + alpha1 * V], momentum
 
 

@@ -313,6 +313,28 @@ class StructuredMatrix(ABC):
             norms.append(torch.linalg.vector_norm(entries, dim=axes, dtype=dtype))
         return reduce(torch.hypot, norms)
 
+    def spectral_norm(self) -> Tensor:
+        """Return about the spectral norm, at most that, ``[*batch]``.
+
+        By two rounds of the power method for Kᵀ K, from the axis that the largest entry
+        of the diagonal belongs to.
+        """
+        dtype, d = accumulation_dtype(self.dtype), self.dim
+        if d == 0:
+            return torch.zeros(self.batch_shape, dtype=dtype, device=self.device)
+        tiny = torch.finfo(dtype).tiny
+        v = torch.zeros(*self.batch_shape, d, 1, dtype=dtype, device=self.device)
+        diagonals = [t.flatten(self.batch_ndim) for t in self.diagonals()]
+        largest = torch.cat(diagonals, -1).abs().argmax(-1, keepdim=True)
+        v.scatter_(-2, largest.unsqueeze(-1), 1.0)
+        for multiply in (self.matmat, self.rmatmat) * 2:
+            # K / √d stays in the range of half precision
+            v = multiply(v.to(self.dtype), scale=d**-0.5).to(dtype)
+            norm = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+            v = v / norm.clamp(min=tiny)
+        estimate: Tensor = norm[..., 0, 0] * d**0.5
+        return estimate
+
     def probe(self) -> Tensor:
         """Return numbers ``[*batch]`` that are finite only if all entries are."""
         dtype = accumulation_dtype(self.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sirfshampoo.structures.base import StructuredMatrix
+from sirfshampoo.structures.dense import DenseMatrix
 from sirfshampoo.structures.products import product, product_like
 
 
@@ -110,6 +111,11 @@ class BlockDiagonalMatrix(StructuredMatrix):
         for t in self.tensors():
             t.add_(t.mT.clone()).mul_(0.5)
         return self
+
+    def spectral_norm(self) -> Tensor:
+        """Return about the largest of the blocks' spectral norms, ``[*batch]``."""
+        blocks, last = (DenseMatrix(t).spectral_norm() for t in self.tensors())
+        return torch.cat([blocks, last.unsqueeze(-1)], -1).amax(-1)
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return tuple(t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())

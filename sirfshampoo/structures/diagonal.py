@@ -59,6 +59,10 @@ class DiagonalMatrix(StructuredMatrix):
     def outer(self) -> Self:
         return self.gram()
 
+    def spectral_norm(self) -> Tensor:
+        """Return the largest magnitude, ``[*batch]``."""
+        return self.max_abs().to(accumulation_dtype(self.dtype))
+
     def diagonals(self) -> tuple[Tensor, ...]:
         return (self.diag,)
 

@@ -70,7 +70,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "initial_factors": "gradient",
         "momentum_first": True,
         "nesterov": True,
-        "max_update_norm": 0.2,
+        "normalize_update": True,
+        "max_relative_update": 0.01,
+        "clamp": "spectral",
+        "relative_damping": True,
         "structures": {1: "diagonal", 2: "dense"},
     },
     "started by the first gradient": {

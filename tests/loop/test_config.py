@@ -66,7 +66,8 @@ def test_constructor_has_the_documented_arguments_in_order() -> None:
 @pytest.mark.parametrize("option", fields(Variant), ids=lambda option: option.name)
 def test_options_for_all_parameters_arrive(option: Any) -> None:
     values = {"initial_factors": "gradient", "exponent": 0.5}
-    values |= {"max_update_norm": 2.0, "max_update_rms": 0.1, "expected_batch_size": 3}
+    values |= {"max_relative_update": 0.1, "clamp": "spectral"}
+    values |= {"expected_batch_size": 3}
     value = values.get(option.name, not option.default)
     assert value != option.default
     optimizer = SIRFShampoo(model(), **{option.name: value})

@@ -408,7 +408,24 @@ def test_reductions_agree_with_dense(name: str, d: int) -> None:
         assert_close(K.norm(), (M**2).sum((-2, -1)).sqrt(), rounding)
         largest = M.abs().flatten(-2).amax(-1) if d else torch.zeros(K.batch_shape)
         assert torch.equal(K.max_abs().double(), largest.double())
+        spectral = torch.linalg.matrix_norm(M, 2) if d else largest
+        slack = 1 + 4 * torch.finfo(dtype).eps
+        assert K.spectral_norm().dtype == accumulates
+        assert bool((K.spectral_norm() <= slack * spectral).all())
         assert K.probe().isfinite().all()
+
+
+@each_structure
+@each_dim
+def test_the_spectral_norm_of_what_factors_learn_is_hardly_missed(
+    name: str, d: int
+) -> None:
+    draw = torch.Generator().manual_seed(d)
+    X = torch.randn(5, d, 3, generator=draw) * torch.logspace(-1, 1, 5)[:, None, None]
+    m = structure_class(name).project_gram(X).shift_(-0.5)
+    norm = torch.linalg.matrix_norm(m.to_dense(), 2) if d else torch.zeros(5)
+    counts = norm > 1  # what is smaller limits no step
+    assert bool((m.spectral_norm() >= 0.5 * norm)[counts].all())
 
 
 @each_structure
@@ -513,6 +530,7 @@ def operations(
         "norm": K.norm,
         "probe": K.probe,
         "max_abs": K.max_abs,
+        "spectral_norm": K.spectral_norm,
         "add_": lambda: L.add_(K, 0.5),
         "zeros": lambda: type(K).zeros(K.dim),
         "eye": lambda: type(K).eye(K.dim),

@@ -26,7 +26,12 @@ PLAIN: dict[str, dict[str, Any]] = {
     "no momenta": {"alpha1": 0.0, "alpha2": 0.0},
     "bfloat16 factors, T = 10": {"T": 10, "preconditioner_dtypes": torch.bfloat16},
     "float16 factors": {"preconditioner_dtypes": torch.float16},
-    "limits": {"max_update_norm": 0.1, "max_update_rms": 0.1},
+    "limits": {
+        "normalize_update": True,
+        "max_relative_update": 0.1,
+        "clamp": "spectral",
+        "relative_damping": True,
+    },
     **{name: {"structures": name} for name in STRUCTURES},
     "mixture": {"structures": mixture(2), "T": 3},
 }
