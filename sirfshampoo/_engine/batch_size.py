@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import unserializable_hook
 
-from sirfshampoo._distributed import is_dtensor, local
+from sirfshampoo._distributed import is_dtensor
 from sirfshampoo._engine.examples import (
     Count,
     count_examples,
     takes_keywords,
     tensors_in,
 )
-from sirfshampoo._engine.warn import warn_of_batch_size
+from sirfshampoo._engine.gradients import Mark, gradients_of
+from sirfshampoo._engine.tally import Tally
+from sirfshampoo._engine.warn import warn_of_batch_size, warn_of_gradients_kept
 from sirfshampoo._method import device
 
 #: After how many steps on end with another batch size than expected to warn.
 _PATIENCE = 5
-
-_Gradients = list[tuple[Tensor | None, int]]
 
 
 @dataclass
@@ -61,9 +61,8 @@ class BatchSizeCounter:
         self._unexpected: list[int] = []  # batch sizes of the last steps on end
         self._count: Count | None = None
         self._last = 0  # the batch size of the last step, or the integer
-        self._counted = 0  # examples whose gradients are there
+        self._tally = Tally()  # examples whose gradients are there
         self._announced = 0  # examples of training mode that await their gradients
-        self._period = 0  # changes whenever the count is forgotten
         # what gradients flow back from, in each backward pass that is under way
         self._arriving: dict[int, list[_ForwardPass]] = {}
         self._held_back: list[_ForwardPass] = []  # their gradients, by FSDP
@@ -76,7 +75,7 @@ class BatchSizeCounter:
     @property
     def value(self) -> int:
         """The number of examples counted for the present gradients, or the last."""
-        return self._counted or self._announced or self._last
+        return self._tally.of(self._gradients()) or self._announced or self._last
 
     # ----------------------------------------------------------------- forward pass
 
@@ -121,18 +120,17 @@ class BatchSizeCounter:
         task = torch._C._current_graph_task_id()  # one may run within another
         if task not in self._arriving:  # the first output in this backward pass
             before = self._gradients()
-            if all(gradient is None for gradient, _ in before):
-                self.forget()
+            self._tally.look(before)
             self._arriving[task] = []
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(_end, weakref.ref(self), task, before))
+            engine.queue_callback(partial(_end, weakref.ref(self), task, Mark(before)))
         self._arriving[task].append(forward)
 
-    def end(self, task: int, before: _Gradients) -> None:
+    def end(self, task: int, before: Mark) -> None:
         """Count what arrived, if the backward pass has changed ``.grad``."""
         arrived = self._arriving.pop(task, [])
-        pairs = zip(self._gradients(), before, strict=True)
-        if all(now is was and version == old for (now, version), (was, old) in pairs):
+        gradients = self._gradients()
+        if before.holds(gradients):
             # gradients with respect to something else; or, of shards, ones that come
             # into ``.grad`` when the ranks communicate next, whatever is reset before
             if any(is_dtensor(p) for p in self.params):
@@ -142,15 +140,13 @@ class BatchSizeCounter:
         for forward in arrived:
             self._announced = max(self._announced - forward.announced, 0)
             forward.announced = 0
-            if forward.period != self._period:
-                forward.period = self._period
-                self._counted += forward.size
+            if forward.period != self._tally.period:
+                forward.period = self._tally.period
+                self._tally.add(forward.size)
+        self._tally.mark(gradients)
 
-    def _gradients(self) -> _Gradients:
-        """Return the present gradients, each with a number that changes with it."""
-        # what is added to a shard does not show in the version of the whole
-        grads = [None if p.grad is None else local(p.grad) for p in self.params]
-        return [(g, -1 if g is None else g._version) for g in grads]
+    def _gradients(self) -> list[Tensor | None]:
+        return gradients_of(self.params)
 
     # ------------------------------------------------------------------------- step
 
@@ -158,8 +154,12 @@ class BatchSizeCounter:
         """Return the number of examples counted here; None if it is not counted."""
         if self._count is None:
             return None
+        gradients = self._gradients()
+        examples = self._tally.of(gradients)
+        if missing := self._tally.kept_aside(gradients):
+            warn_of_gradients_kept(missing, examples)
         # gradients may be computed without a backward pass, then the forward counts
-        return self._counted or self._announced
+        return examples or self._announced
 
     def read(self, counted: int) -> int:
         """Return the batch size of the present gradients.
@@ -183,8 +183,7 @@ class BatchSizeCounter:
 
     def forget(self) -> None:
         """Note that the gradients are gone."""
-        self._counted = 0
-        self._period += 1
+        self._tally.forget(self._gradients())
 
     def close(self, size: int) -> None:
         """Note that a step has used the gradients of `size` examples."""
@@ -194,7 +193,7 @@ class BatchSizeCounter:
             self._last = size or self._last
             self._announced = 0
             self._arriving.clear()  # of backward passes that failed
-            self.forget()
+            self._tally.close()
 
     def _look_for_disagreement(self, size: int, expected: int) -> None:
         """Warn once if what is counted is not what the settings are made for."""
@@ -209,7 +208,7 @@ class BatchSizeCounter:
             warn_of_batch_size(sorted(last), expected)
 
 
-def _end(counter: weakref.ref[BatchSizeCounter], task: int, before: _Gradients) -> None:
+def _end(counter: weakref.ref[BatchSizeCounter], task: int, before: Mark) -> None:
     """End a backward pass for a counter that may be gone."""
     present = counter()
     if present is not None:

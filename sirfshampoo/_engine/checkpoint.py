@@ -118,18 +118,18 @@ def check_fit(
         _check_group(f"group {i}", saved, present)
         pairs = list(zip(saved["params"], present["params"], strict=True))
         found = {p: dict(state_dict["state"].get(key, {})) for key, p in pairs}
-        if not any(found.values()):  # it was frozen then
+        by_parameter |= found
+        first = present["params"][0]
+        # it was frozen then, or torch.distributed.checkpoint leaves out what is now
+        if not any(found.values()) or not (found[first] or first.requires_grad):
             anew += [n for n, p in zip(names[i], found, strict=True) if p.requires_grad]
-            by_parameter |= {p: {} for p in found if p.requires_grad}
             continue
         shapes = _shapes(units[i])
         for key, p in pairs:
-            # torch.distributed.checkpoint leaves out what is frozen
-            if found[p] or p.requires_grad:
+            if found[p] or p.requires_grad:  # else it is left out
                 owner, optional = f"parameter {key}", {momentum: p.shape}
                 _check_momentum(owner, found[p], momentum)
                 _check_entries(owner, found[p], optional, shapes[p])
-                by_parameter[p] = found[p]
     if anew:
         tell(
             f"The state dict holds nothing for {anew}, as if they were frozen when it "

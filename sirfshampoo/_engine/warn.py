@@ -65,3 +65,13 @@ def warn_of_batch_size(counted: Sequence[int], expected: int) -> None:
         "model's inputs (time-major ones have the batch on their second axis); else "
         f"tell the recipe batch_size={counted[0]}."
     )
+
+
+def warn_of_gradients_kept(missing: int, counted: int) -> None:
+    """Warn that gradients may have been added which are not counted."""
+    tell(
+        f"Gradients of {missing} examples were taken out of `.grad`, and those in it, "
+        f"of {counted} examples, were changed since. If the former were added, the "
+        f"batch size is {missing + counted}, and not {counted}: pass it to SIRFShampoo "
+        "as an integer, for what is added by hand is not counted."
+    )

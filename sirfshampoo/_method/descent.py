@@ -15,6 +15,10 @@ from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 #: matrix with orthonormal rows: torch's own start of a linear layer is 0.58 times that.
 _LEAST_WEIGHT = 0.5
 
+# On a GPU, the compiler of torch 2.10 and 2.11 fails where a list of tensors meets a
+# reduction (pytorch/pytorch#176591); from 2.12 on, it makes one kernel of the list.
+_LISTS_COMPILE = torch.__version__ >= "2.12"
+
 
 def normalize_update(U: Tensor) -> Tensor:
     """Scale rows of U to the size of a matrix with orthonormal rows.
@@ -48,7 +52,7 @@ def squared_norms(U: Tensor, W: Sequence[Tensor]) -> Tensor:
     """
     dtype = accumulation_dtype(U.dtype)
     of_U = torch.linalg.vector_norm(U.reshape(len(U), U[0].numel()), dim=1, dtype=dtype)
-    of_W = torch.stack(torch._foreach_norm(list(W), dtype=dtype))
+    of_W = torch.stack(_norms(W, dtype))
     return torch.stack([of_U, of_W]).square_()
 
 
@@ -124,7 +128,7 @@ def descend(
             # by a product: filling by a mask takes ten times as long on a CPU
             pairs = zip(U.unbind(0), W, strict=True)
             decayed = [(u * w).gt_(0).mul_(w) for u, w in pairs]
-        torch._foreach_add_(U.unbind(0), decayed, alpha=kappa)
+        _add_each_(U.unbind(0), decayed, alpha=kappa)
     if moves is None:
         # V ← alpha1 · V + (U + kappa · W)
         # in two passes: one would round once, and not be torch.optim.SGD to the bit
@@ -142,6 +146,21 @@ def descend(
             step = step.masked_fill(rests, 0.0)
     # W ← W − lr · V, or W − lr · (U + alpha1 · V)
     if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it
-        torch._foreach_sub_(list(W), (step * per_matrix(lr, step)).unbind(0))
+        step, lr = step * per_matrix(lr, step), 1.0
+    _add_each_(W, step.unbind(0), alpha=-lr)
+
+
+def _norms(xs: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return the Frobenius norm of each tensor, in a type."""
+    if torch.compiler.is_compiling() and not _LISTS_COMPILE:
+        return [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
+    return torch._foreach_norm(list(xs), dtype=dtype)
+
+
+def _add_each_(xs: Sequence[Tensor], ys: Sequence[Tensor], *, alpha: float) -> None:
+    """Add in place: x ← x + alpha · y for each pair."""
+    if torch.compiler.is_compiling() and not _LISTS_COMPILE:
+        for x, y in zip(xs, ys, strict=True):
+            x.add_(y, alpha=alpha)
     else:
-        torch._foreach_add_(list(W), step.unbind(0), alpha=-lr)
+        torch._foreach_add_(list(xs), list(ys), alpha=alpha)

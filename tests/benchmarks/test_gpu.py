@@ -4,14 +4,18 @@ import json
 import lzma
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.ir import ComputedBuffer
+from torch.fx import Graph
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu import correct, driver, tables, text
+from benchmarks.gpu.checks.failure import tell
 from benchmarks.gpu.clock import elapsed
 from benchmarks.gpu.contestants import CONTESTANTS, UNIT, groups
 from benchmarks.gpu.shapes import WORKLOADS, Parameters
@@ -160,6 +164,34 @@ def test_a_cut_keeps_what_was_written(
     stage_of(monkeypatch, code)
     assert driver.run_stages(["train"], 2.0, [], tmp_path) == {"train": "cut"}
     assert json.loads(file.read_text())["runs"] == []
+
+
+# --- the checks -----------------------------------------------------------------------
+def test_a_compiler_that_fails_tells_its_line_and_node() -> None:
+    def fail() -> None:
+        node = Graph().placeholder("x")
+        ComputedBuffer(name="buf7", layout=None, data=node).get_size()
+
+    told = tell_of(fail)
+    assert "Error at ir.py:" in told
+    assert "on node buf7 (ComputedBuffer), from test_gpu.py:" in told
+    assert "`ComputedBuffer(" in told
+
+
+def test_an_error_without_a_compiler_tells_where_it_was() -> None:
+    def fail() -> None:
+        raise ValueError("too far")
+
+    told = tell_of(fail)
+    assert told.startswith("ValueError at test_gpu.py:")
+    assert told.endswith("too far")
+    assert "on node" not in told
+
+
+def tell_of(fail: Callable[[], None]) -> str:
+    with pytest.raises(Exception) as error:  # noqa: PT011 (any is to be told)
+        fail()
+    return tell(error.value)
 
 
 # --- parts ----------------------------------------------------------------------------

@@ -87,11 +87,15 @@ def discarded_backward(make: Contestant) -> None:
 
 @row("A batch discarded by `zero_grad(set_to_none=False)` does not count")
 def discarded_to_zero(make: Contestant) -> None:
-    def discard(model: nn.Module, optimizer: Any, batch: Batch) -> None:
-        loss_of(model, batch).backward()
-        optimizer.zero_grad(set_to_none=False)
+    for by_model in (False, True):
 
-    check_before_step(make, discard, "before forward")
+        def discard(
+            model: nn.Module, optimizer: Any, batch: Batch, by_model: bool = by_model
+        ) -> None:
+            loss_of(model, batch).backward()
+            (model if by_model else optimizer).zero_grad(set_to_none=False)
+
+        check_before_step(make, discard, "before forward")
 
 
 @row("A batch discarded by `model.zero_grad()` does not count")

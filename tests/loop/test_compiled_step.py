@@ -1,6 +1,6 @@
 """A compiled step: two variants, whatever a scheduler does, and the same numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from torch.optim.lr_scheduler import ExponentialLR
 
 from sirfshampoo import SIRFShampoo
+from sirfshampoo._method import descent
 from tests.cases import FAST, STRUCTURES, mixture
 from tests.twin import Twin, assert_agree, find_units
 
@@ -114,6 +116,32 @@ def test_numbers_are_those_of_the_plain_step(backend: str) -> None:
                 optimizer.step()
         paths.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*paths, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.1])
+def test_no_list_of_tensors_where_a_compiler_fails_on_lists(
+    kappa: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs with torch 2.10 and 2.11: lists and reductions, in one graph."""
+    monkeypatch.setattr(descent, "_LISTS_COMPILE", False)
+    names: list[str] = []
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = layers()
+    config = {**FAST, "T": T, "kappa": kappa}
+    optimizer = SIRFShampoo(model, batch_size=BATCH, **config)
+    twin = Twin(find_units(model), **config)
+    step = torch.compile(optimizer.step, backend=backend)
+    for i in range(2 * T):
+        gradients = draw_gradients(model, i)
+        step()
+        twin.step(gradients, BATCH)
+    assert "add_" in names
+    assert not [name for name in names if "_foreach" in name]
+    assert_agree(twin, optimizer, 1e-12)
 
 
 def test_the_arithmetic_is_one_graph_without_a_break() -> None:

@@ -1,8 +1,15 @@
 """Layers that are frozen at first and thawed later train as with AdamW."""
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from sirfshampoo import (
     LinearWeightBias,
@@ -143,6 +150,46 @@ def test_a_checkpoint_of_what_was_frozen_throughout_loads() -> None:
         optimizer.load_state_dict(saved)
     train(model, optimizer, 1)
     assert optimizer.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "momentum"),
+    [(SIRFShampoo, "momentum_buffer"), (torch.optim.AdamW, "exp_avg")],
+)
+def test_no_newer_state_stays_where_an_older_one_is_loaded(
+    make: Any, momentum: str
+) -> None:
+    """Torch leaves out what is frozen: that starts anew, as with AdamW."""
+    model = new_model().requires_grad_(True)
+    optimizer = make(model if make is SIRFShampoo else model.parameters())
+    train(model, optimizer, 2)
+    saved = deepcopy(get_optimizer_state_dict(model, optimizer))
+    train(model, optimizer, 3)
+    model[0].requires_grad_(False)
+    set_optimizer_state_dict(model, optimizer, saved)
+    for layer, is_kept in ((model[0], False), (model[2], True)):
+        for p in layer.parameters():
+            V = optimizer.state[p].get(momentum, torch.zeros(1))
+            assert bool(V.any()) == is_kept
+    model[0].requires_grad_(True)
+    before = vector(model[0])
+    train(model, optimizer, 1)
+    assert (vector(model[0]) != before).all()
+
+
+def test_half_a_joint_unit_that_torch_leaves_out_is_told() -> None:
+    model = new_model().requires_grad_(True)
+    optimizer = SIRFShampoo(model, combine_params=RULES)
+    train(model, optimizer, 2)
+    saved = deepcopy(get_optimizer_state_dict(model, optimizer))
+    train(model, optimizer, 3)
+    model[0].weight.requires_grad_(False)  # what the joint state lies under
+    with pytest.warns(UserWarning, match=r"holds nothing for \['0.bias'\]"):
+        set_optimizer_state_dict(model, optimizer, saved)
+    assert optimizer.global_step == 2
+    joint, _ = optimizer.preconditioner
+    assert all(torch.equal(K.to_dense(), torch.eye(K.dim).double()) for K in joint)
+    train(model, optimizer, 1)
 
 
 def test_half_a_joint_unit_frozen_before_is_told_when_loading() -> None:

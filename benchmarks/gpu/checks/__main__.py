@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.gpu.checks import agreement, graphs, ranks, state, waits
 from benchmarks.gpu.checks.common import Check
+from benchmarks.gpu.checks.failure import tell
 
 GROUPS = {
     "agreement": agreement.checks,
@@ -39,9 +40,7 @@ def outcome(check: Check, device: str) -> dict[str, Any]:
     except Exception as error:  # told, and the next one goes on
         traceback.print_exc()
         status = "failed"
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{os.path.basename(place.filename)}:{place.lineno}"
-        told = f"{type(error).__name__} at {where}: {error}"[:600]
+        told = tell(error)
     seconds = round(perf_counter() - start, 2)
     return {"name": check.name, "status": status, "seconds": seconds, "told": told}
 

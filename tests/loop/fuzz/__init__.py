@@ -1,0 +1,1 @@
+"""Training loops drawn at random: what users do, in any order."""
