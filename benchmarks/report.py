@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import results, tables
+from benchmarks import costs, front, results, tables
 from benchmarks.environment import ROOT
 from benchmarks.gpu import tables as visits
 from benchmarks.training import pictures
@@ -36,6 +36,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "ranks": tables.ranks,
     "scale": tables.scale,
     "training": training.task,
+    "costs": costs.table,
+    "operations": costs.operations,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
 
@@ -59,6 +61,9 @@ VISITS: dict[str, Callable[[Path], str]] = {
 }
 """What a visit to a GPU has found, or that there was none."""
 
+SPECIAL = ("front", "workloads")
+"""Tables that are drawn from results of several kinds."""
+
 MARKER = re.compile(
     r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w./-]+))? -->\n)"
     r".*?(?P<close><!-- end -->)",
@@ -71,11 +76,14 @@ TEXTS = tuple(
         "README.md",
         "benchmarks/SPEED.md",
         "benchmarks/TRAINING.md",
-        "docs/many_devices.md",
+        "docs/compatibility.md",
+        "docs/costs.md",
+        "docs/differences.md",
         "docs/from_adamw.md",
+        "docs/many_devices.md",
     )
 )
-OWN_NAMES = ("conformance", "scaling", "scale")
+OWN_NAMES = ("conformance", "costs", "scaling", "scale")
 """Tables whose results stand in a file of their own name."""
 
 
@@ -105,7 +113,9 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         if match["table"] in VISITS:  # there may be none
             told = VISITS[match["table"]](folder / "gpu")
             return f"{match['open']}{told}\n{match['close']}"
-        if match["table"] == "workloads":
+        if match["table"] == "front":
+            grid = front.table(trained(folder / "train"), folder / "gpu")
+        elif match["table"] == "workloads":
             grid = tables.workloads(stepped(folder))
         elif match["table"] in OVERVIEWS:
             kind = "batch" if match["table"] == "batch_sizes" else "train"
@@ -117,7 +127,7 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         else:
             raise ValueError(
                 f"The text asks for table {match['table']!r}; "
-                f"there are {', '.join([*TABLES, 'workloads', *VISITS, *OVERVIEWS])}."
+                f"there are {', '.join([*TABLES, *SPECIAL, *VISITS, *OVERVIEWS])}."
             )
         return f"{match['open']}{grid.markdown()}\n{match['close']}"
 
@@ -202,6 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "contestants" in result:
             picture(result, path.with_suffix(".png"))
             print(f"Drew {path.with_suffix('.png').name}.")
+    path = args.results / "train" / f"{front.PICTURE_TASK}.json"
+    if path.exists():
+        front.picture(results.load(path), args.results / "front.png")
+        print("Drew front.png.")
     for path in sorted(args.results.glob("train/*.json")):
         pictures.draw(results.load(path), path.with_suffix(".png"))
         print(f"Drew train/{path.with_suffix('.png').name}.")
