@@ -15,6 +15,7 @@ SHOWN = ("adamw", "muon", "soap", "kl-shampoo", "sirf-recipe", "sirf-recipe-bf16
 
 TASKS = {
     "transformer": "transformer",
+    "transformer-128": "wider",
     "lstm": "LSTM",
     "mnist-resnet": "ResNet",
     "autoencoder": "autoencoder",
@@ -50,7 +51,12 @@ def table(results: Sequence[Result], gpu: Path) -> Grid:
     tasks = {r["name"]: {e.name: e for e in entries(r)} for r in results}
     tasks = {name: tasks[name] for name in TASKS if name in tasks}
     timed = _on_gpu(gpu)
-    header = ["test loss", *(TASKS[name] for name in tasks), "step, CPU", "steps to it"]
+    header = [
+        "test loss",
+        *(TASKS[name] for name in tasks),
+        "step, CPU",
+        "steps to AdamW's best",
+    ]
     header += ["step, GPU"] if timed else []
     first = next(iter(tasks.values()))
     lines = []
@@ -88,7 +94,7 @@ def _loss(found: Mapping[str, Entry], name: str) -> str:
     fit = {n: mean.mean for n, mean in means.items() if mean is not None}
     if name not in fit:
         return "diverged" if name in means else "–"
-    text = f"{fit[name]:.3g}"
+    text = f"{fit[name]:#.3g}"
     return f"**{text}**" if fit[name] == min(fit.values()) else text
 
 

@@ -26,7 +26,7 @@ def example(name: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     walk = torch.randn(ROWS, 4 * ROWS, generator=generator).cumsum(0)
     K = structure.eye(ROWS).scale(2.5)
-    K.add_(structure.project_gram(walk, scale=0.6 / (4 * ROWS)), alpha=-0.5)
+    K.add_(structure.project_gram(walk, scale=0.6 / (4 * ROWS)), alpha=-0.3)
     return K.to_dense()
 
 

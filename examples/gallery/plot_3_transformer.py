@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from sirfshampoo import SIRFShampoo, recipe
 
-torch.set_num_threads(2)
 text = "".join(pydoc_data.topics.topics.values())
 alphabet = sorted(set(text))
 codes = torch.tensor([alphabet.index(c) for c in text[:200_000]])

@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from sirfshampoo import SIRFShampoo, recipe
 
-torch.set_num_threads(2)
 points, steps = 64, 400
 
 

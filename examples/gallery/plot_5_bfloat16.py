@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from sirfshampoo import SIRFShampoo, recipe, summary
 
-torch.set_num_threads(2)
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)

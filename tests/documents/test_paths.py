@@ -11,10 +11,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "SECURITY.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(p for p in ROOT.glob("docs/**/*.md") if "_build" not in p.parts),
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
-MADE = (".venv/", "build/", "out/")
+MADE = (".venv/", "build/", "dist/", "docs/gallery/", "gallery/", "out/", "site/")
 """What commands make: it need not be there."""
 
 SUFFIXES = (".cff", ".json", ".md", ".png", ".py", ".toml", ".txt")
