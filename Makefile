@@ -26,6 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	'. Try: make setup PYTHON=python3.11')"
 	@echo "Setting up .venv ..."
 	@$(PYTHON) -m venv .venv
+	@$(RUN) -m pip uninstall -qq -y sirfshampoo 2>/dev/null # what this was called once
 	@$(RUN) -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
@@ -71,7 +72,7 @@ dist: setup ## build sdist and wheel into dist/ and check them
 
 check: lint test ## lint, then test
 
-check-all: lint docs test-all ## what CI runs: lint, the site, then test-all
+check-all: lint docs dist test-all ## what CI runs: lint, site, distribution, then test-all
 
 bench: setup ## time step() beside AdamW, Muon, SOAP, ... (under 10 minutes)
 	@$(RUN) -m benchmarks.step $(ARGS)

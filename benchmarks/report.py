@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -207,19 +207,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = [fill(path, args.results, args.check) for path in args.readme]
     if any(problems) or args.check:
         return int(any(problems))
-    for path in sorted(args.results.glob("*.json")):
-        result = results.load(path)
-        if "contestants" in result:
-            picture(result, path.with_suffix(".png"))
-            print(f"Drew {path.with_suffix('.png').name}.")
-    path = args.results / "train" / f"{front.PICTURE_TASK}.json"
-    if path.exists():
-        front.picture(results.load(path), args.results / "front.png")
-        print("Drew front.png.")
-    for path in sorted(args.results.glob("train/*.json")):
-        pictures.draw(results.load(path), path.with_suffix(".png"))
-        print(f"Drew train/{path.with_suffix('.png').name}.")
+    for name in draw(args.results):
+        print(f"Drew {name}.")
     return 0
+
+
+def draw(folder: Path, *, missing: bool = False) -> Iterator[str]:
+    """Draw the pictures of a folder of results; yield the names of what is drawn.
+
+    Args:
+        folder: Where the result files are.
+        missing: Whether to draw only what is not there.
+    """
+    drawn: list[tuple[Path, Callable[[Any, Path], None], Path]] = [
+        (path, picture, path.with_suffix(".png"))
+        for path in sorted(folder.glob("*.json"))
+        if "contestants" in results.load(path)
+    ]
+    main_task = folder / "train" / f"{front.PICTURE_TASK}.json"
+    if main_task.exists():
+        drawn.append((main_task, front.picture, folder / "front.png"))
+    drawn += [
+        (path, pictures.draw, path.with_suffix(".png"))
+        for path in sorted(folder.glob("train/*.json"))
+    ]
+    for source, how, target in drawn:
+        if not (missing and target.exists()):
+            how(results.load(source), target)
+            yield str(target.relative_to(folder))
 
 
 def fill(text: Path, folder: Path, check: bool) -> bool:

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from sphinx.application import Sphinx
 
+from benchmarks import report
+from benchmarks.results import RESULTS
 from sirfshampoo.structures import StructuredMatrix, structure_class
 
 SHOWN = {
@@ -51,10 +53,13 @@ def draw(path: Path) -> None:
     pyplot.close(figure)
 
 
+def prepare(app: Sphinx) -> None:
+    """Draw the structures, and of the results what is not there."""
+    draw(Path(app.srcdir) / "_build" / "structures.png")
+    list(report.draw(RESULTS, missing=True))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Draw before pages are read."""
-    app.connect(
-        "builder-inited",
-        lambda app: draw(Path(app.srcdir) / "_build" / "structures.png"),
-    )
+    app.connect("builder-inited", prepare)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
