@@ -80,10 +80,10 @@ rates = [10 ** (2 - k / 3) for k in range(16)]
 paths = {}
 for name, make in contestants.items():
     tried = {lr: train(make, lr) for lr in rates}
-    tail = {lr: loss_at(path[-20:]).mean().item() for lr, path in tried.items()}
+    tail = {lr: loss_at(path[-60:]).mean().item() for lr, path in tried.items()}
     best = min(rates, key=lambda lr: tail[lr] if tail[lr] == tail[lr] else float("inf"))
     paths[name] = tried[best]
-    print(f"{name:22} lr {best:.2g}, loss at the end {tail[best]:.2g}")
+    print(f"{name:22} lr {best:.2g}, loss in the second half {tail[best]:.2g}")
 
 # %%
 # The paths
