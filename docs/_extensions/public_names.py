@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
 import sirfshampoo
@@ -25,9 +26,9 @@ def public_names() -> Iterator[tuple[str, object]]:
                 yield f"sirfshampoo.{name}.{member}", found
 
 
-def check(app: Sphinx, env: object) -> None:
+def check(app: Sphinx, env: BuildEnvironment) -> None:
     """Warn, which is an error in the build, of each name that is missing."""
-    documented = app.env.domains["py"].objects
+    documented = env.domains["py"].objects
     for name, value in public_names():
         if not (inspect.getdoc(value) or "").strip():
             logger.warning("%s has no docstring", name)
