@@ -62,6 +62,7 @@ test-floor: $(FLOOR)/.installed ## run the tests with the lowest torch promised 
 	--ignore=tests/benchmarks $(ARGS)
 
 docs: setup ## build the site into site/, its gallery included; a warning is an error
+	@rm -rf site docs/gallery docs/_build # what is kept would keep its warnings, too
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m sphinx -W --keep-going -q -j auto docs site
 	@echo "Open site/index.html: it needs no network."
 

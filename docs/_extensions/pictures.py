@@ -33,18 +33,19 @@ def example(name: str) -> torch.Tensor:
 
 
 def draw(path: Path) -> None:
-    """Draw all structures side by side; white is what is always zero."""
+    """Draw all structures side by side; grey is what is always zero."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    colors = pyplot.get_cmap("RdBu_r").with_extremes(bad="0.82")
     figure, axes = pyplot.subplots(2, 3, figsize=(8.4, 6.2), layout="constrained")
     for ax, (title, name) in zip(axes.flat, SHOWN.items(), strict=True):
         K = example(name)
         K = K.masked_fill(K == 0, torch.nan)
         top = K[~K.isnan()].abs().max()
-        ax.imshow(K, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="none")
+        ax.imshow(K, cmap=colors, vmin=-top, vmax=top, interpolation="none")
         shown = "" if title == name else f"\n(here {name})"
         ax.set_title(title + shown, fontsize=11)
         ax.set(xticks=[], yticks=[])
