@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint test test-all test-floor check check-all bench bench-train gpu conformance scale soak report clean
+.PHONY: help setup demo lint test test-all test-floor docs dist check check-all bench bench-train gpu conformance scale costs soak report clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3] [ARGS='options of the demo, of pytest, ...']"
@@ -26,6 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	'. Try: make setup PYTHON=python3.11')"
 	@echo "Setting up .venv ..."
 	@$(PYTHON) -m venv .venv
+	@$(RUN) -m pip uninstall -qq -y sirfshampoo 2>/dev/null # what this was called once
 	@$(RUN) -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
@@ -60,9 +61,19 @@ test-floor: $(FLOOR)/.installed ## run the tests with the lowest torch promised 
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 \
 	--ignore=tests/benchmarks $(ARGS)
 
+docs: setup ## build the site into site/, its gallery included; a warning is an error
+	@rm -rf site docs/gallery docs/_build # what is kept would keep its warnings, too
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m sphinx -W --keep-going -q -j auto docs site
+	@echo "Open site/index.html: it needs no network."
+
+dist: setup ## build sdist and wheel into dist/ and check them
+	@rm -rf dist
+	@$(RUN) -m build --no-isolation --outdir dist
+	@$(RUN) -m twine check --strict dist/*
+
 check: lint test ## lint, then test
 
-check-all: lint test-all ## what CI runs: lint, then test-all
+check-all: lint docs dist test-all ## what CI runs: lint, site, distribution, then test-all
 
 bench: setup ## time step() beside AdamW, Muon, SOAP, ... (under 10 minutes)
 	@$(RUN) -m benchmarks.step $(ARGS)
@@ -82,9 +93,13 @@ scale: setup ## count bytes, operations and traffic on many ranks (a minute)
 soak: setup ## train for 20,000 steps with each structure (15 minutes)
 	@$(RUN) -m benchmarks.soak $(ARGS)
 
-report: setup ## rewrite the tables of the README from committed results
+costs: setup ## count what well-known models would cost (a minute)
+	@$(RUN) -m benchmarks.costs $(ARGS)
+
+report: setup ## rewrite all tables and pictures from committed results
 	@$(RUN) -m benchmarks.report $(ARGS)
 
 clean: ## remove environments, caches and out/
 	rm -rf .venv .venv-floor .mypy_cache .pytest_cache .ruff_cache .hypothesis out build dist
+	rm -rf site docs/_build docs/gallery docs/sg_execution_times.rst
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

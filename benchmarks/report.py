@@ -3,11 +3,11 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import results, tables
+from benchmarks import costs, front, results, tables
 from benchmarks.environment import ROOT
 from benchmarks.gpu import tables as visits
 from benchmarks.training import pictures
@@ -36,6 +36,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "ranks": tables.ranks,
     "scale": tables.scale,
     "training": training.task,
+    "costs": costs.table,
+    "operations": costs.operations,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
 
@@ -59,6 +61,9 @@ VISITS: dict[str, Callable[[Path], str]] = {
 }
 """What a visit to a GPU has found, or that there was none."""
 
+SPECIAL = ("front", "workloads")
+"""Tables that are drawn from results of several kinds."""
+
 MARKER = re.compile(
     r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w./-]+))? -->\n)"
     r".*?(?P<close><!-- end -->)",
@@ -71,11 +76,14 @@ TEXTS = tuple(
         "README.md",
         "benchmarks/SPEED.md",
         "benchmarks/TRAINING.md",
-        "docs/many_devices.md",
+        "docs/compatibility.md",
+        "docs/costs.md",
+        "docs/differences.md",
         "docs/from_adamw.md",
+        "docs/many_devices.md",
     )
 )
-OWN_NAMES = ("conformance", "scaling", "scale")
+OWN_NAMES = ("conformance", "costs", "scaling", "scale")
 """Tables whose results stand in a file of their own name."""
 
 
@@ -105,7 +113,9 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         if match["table"] in VISITS:  # there may be none
             told = VISITS[match["table"]](folder / "gpu")
             return f"{match['open']}{told}\n{match['close']}"
-        if match["table"] == "workloads":
+        if match["table"] == "front":
+            grid = front.table(trained(folder / "train"), folder / "gpu")
+        elif match["table"] == "workloads":
             grid = tables.workloads(stepped(folder))
         elif match["table"] in OVERVIEWS:
             kind = "batch" if match["table"] == "batch_sizes" else "train"
@@ -117,7 +127,7 @@ def render(text: str, folder: Path) -> tuple[str, int]:
         else:
             raise ValueError(
                 f"The text asks for table {match['table']!r}; "
-                f"there are {', '.join([*TABLES, 'workloads', *VISITS, *OVERVIEWS])}."
+                f"there are {', '.join([*TABLES, *SPECIAL, *VISITS, *OVERVIEWS])}."
             )
         return f"{match['open']}{grid.markdown()}\n{match['close']}"
 
@@ -197,15 +207,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = [fill(path, args.results, args.check) for path in args.readme]
     if any(problems) or args.check:
         return int(any(problems))
-    for path in sorted(args.results.glob("*.json")):
-        result = results.load(path)
-        if "contestants" in result:
-            picture(result, path.with_suffix(".png"))
-            print(f"Drew {path.with_suffix('.png').name}.")
-    for path in sorted(args.results.glob("train/*.json")):
-        pictures.draw(results.load(path), path.with_suffix(".png"))
-        print(f"Drew train/{path.with_suffix('.png').name}.")
+    for name in draw(args.results):
+        print(f"Drew {name}.")
     return 0
+
+
+def draw(folder: Path, *, missing: bool = False) -> Iterator[str]:
+    """Draw the pictures of a folder of results; yield the names of what is drawn.
+
+    Args:
+        folder: Where the result files are.
+        missing: Whether to draw only what is not there.
+    """
+    drawn: list[tuple[Path, Callable[[Any, Path], None], Path]] = [
+        (path, picture, path.with_suffix(".png"))
+        for path in sorted(folder.glob("*.json"))
+        if "contestants" in results.load(path)
+    ]
+    main_task = folder / "train" / f"{front.PICTURE_TASK}.json"
+    if main_task.exists():
+        drawn.append((main_task, front.picture, folder / "front.png"))
+    drawn += [
+        (path, pictures.draw, path.with_suffix(".png"))
+        for path in sorted(folder.glob("train/*.json"))
+    ]
+    for source, how, target in drawn:
+        if not (missing and target.exists()):
+            how(results.load(source), target)
+            yield str(target.relative_to(folder))
 
 
 def fill(text: Path, folder: Path, check: bool) -> bool:

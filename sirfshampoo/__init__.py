@@ -1,5 +1,6 @@
 """SIRFShampoo: Shampoo with structured factors, without inverses and roots."""
 
+from sirfshampoo._report.rival import warn_of_rival
 from sirfshampoo.combiner import (
     FlattenEmbedding,
     LinearWeightBias,
@@ -22,4 +23,6 @@ __all__ = [
     "recipe",
     "summary",
 ]
-__version__ = "0.1.0"
+__version__ = "1.0.0"
+
+warn_of_rival()

@@ -32,6 +32,15 @@ class PreconditionerGroup(ABC):
     Attributes:
         NEEDS_MODEL: Whether `identify` looks at more of a model than its parameters.
             Such a rule cannot serve an optimizer that was given parameters alone.
+
+    Example:
+        >>> class Kernels(PerParameter):  # a matrix for each convolution
+        ...     def group(self, tensors):
+        ...         return tensors[0].flatten(1) if tensors[0].ndim > 2 else tensors[0]
+        >>> model = torch.nn.Conv2d(3, 8, 5)
+        >>> optimizer = SIRFShampoo(model, combine_params=(Kernels(),))
+        >>> [K.dim for K in optimizer.preconditioner[0]]
+        [8, 75]
     """
 
     NEEDS_MODEL: bool = True
@@ -88,7 +97,13 @@ class PreconditionerGroup(ABC):
 
 
 class PerParameter(PreconditionerGroup):
-    """Give each parameter a pre-conditioner of its own."""
+    """Give each parameter a pre-conditioner of its own.
+
+    Example:
+        >>> weight = torch.nn.Linear(3, 4).weight
+        >>> PerParameter().group([weight]).shape
+        torch.Size([4, 3])
+    """
 
     NEEDS_MODEL = False
 
@@ -140,6 +155,11 @@ class LinearWeightBias(PreconditionerGroup):
         LINEAR_CLS: The classes of layers that count as linear. Extend it in a
             subclass for layers of your own that have a ``weight`` of shape
             ``[out, in]`` and a ``bias`` of shape ``[out]``.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 4)
+        >>> LinearWeightBias().group([layer.weight, layer.bias]).shape
+        torch.Size([4, 4])
     """
 
     LINEAR_CLS: tuple[type[Module], ...] = (Linear,)
@@ -230,6 +250,11 @@ class FlattenEmbedding(FlattenAndConcatenate):
     Attributes:
         EMBEDDING_CLS: The classes of layers that count as embeddings. Extend it in a
             subclass for layers of your own that have a ``weight``.
+
+    Example:
+        >>> layer = torch.nn.Embedding(100, 8)
+        >>> FlattenEmbedding().group([layer.weight]).shape
+        torch.Size([800])
     """
 
     EMBEDDING_CLS: tuple[type[Module], ...] = (Embedding,)

@@ -18,11 +18,7 @@ from sirfshampoo._config.groups import (
     with_kappa,
 )
 from sirfshampoo._config.variant import Variant
-from sirfshampoo._distributed import (
-    Ranks,
-    check_sharing,
-    is_initialized,
-)
+from sirfshampoo._distributed import Ranks, check_sharing, is_initialized
 from sirfshampoo._engine.batch_size import BatchSizeCounter
 from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.examples import get_batch_size
@@ -73,6 +69,10 @@ class SIRFShampoo(UnitOptimizer):
             matrices that the pre-conditioner uses for it.
         debug: Whether a step warns of gradients that are not finite, and names their
             parameters. On an accelerator that waits for the device. Default: False.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = SIRFShampoo(model, **recipe(model, batch_size=8, steps=100))
     """
 
     SUPPORTED_STRUCTURES: dict[str, type[StructuredMatrix]] = SUPPORTED_STRUCTURES

@@ -68,6 +68,11 @@ def recipe(
 
     Raises:
         ValueError: If an argument is wrong.
+
+    Example:
+        >>> model = torch.nn.Linear(64, 10)
+        >>> arguments = recipe(model, batch_size=128, steps=10_000)
+        >>> optimizer = SIRFShampoo(model, **{**arguments, "alpha1": 0.95})
     """
     check_module(model)
     check_count("batch_size", batch_size)
@@ -120,6 +125,11 @@ class GrowingInterval:
 
     Raises:
         ValueError: If `T` is not an integer > 0.
+
+    Example:
+        >>> T = GrowingInterval(10)
+        >>> [step for step in range(1000, 1030) if T(step)]
+        [1001, 1011, 1021]
     """
 
     T: int
@@ -181,6 +191,15 @@ def choose_structures(
 
     Raises:
         ValueError: If an argument is wrong.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Embedding(5000, 64), torch.nn.Linear(64, 64)
+        ... )
+        >>> for group in choose_structures(model, heads=()):
+        ...     print([tuple(p.shape) for p in group["params"]], group["structures"])
+        [(5000, 64)] diagonal
+        [(64, 64), (64,)] {1: 'diagonal', 2: ('dense', 'dense')}
     """
     check_module(model)
     if isinstance(max_dense, bool) or not isinstance(max_dense, int) or max_dense < 0:

@@ -47,7 +47,7 @@ def summary(
     Example:
         >>> with torch.device("meta"):
         ...     model = torch.nn.Linear(50257, 768)
-        >>> sirfshampoo.summary(model, structures="diagonal").totals["state_bytes"]
+        >>> summary(model, structures="diagonal").totals["state_bytes"]
         154806952
     """
     # with an integer, no forward pass needs to be watched

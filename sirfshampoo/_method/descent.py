@@ -52,7 +52,7 @@ def squared_norms(U: Tensor, W: Sequence[Tensor]) -> Tensor:
     """
     dtype = accumulation_dtype(U.dtype)
     of_U = torch.linalg.vector_norm(U.reshape(len(U), U[0].numel()), dim=1, dtype=dtype)
-    of_W = torch.stack(_norms(W, dtype))
+    of_W = torch.stack(list(_norms(W, dtype)))
     return torch.stack([of_U, of_W]).square_()
 
 

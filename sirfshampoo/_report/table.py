@@ -101,6 +101,13 @@ class Summary:
             where all updates that an integer ``T`` asks for fall on one step. A
             callable ``T`` is taken to ask for one then.
         spread_peak_flops: The same with ``spread_updates=True``.
+
+    Example:
+        >>> told = summary(torch.nn.Linear(30, 20), structures="diagonal")
+        >>> [(row.names, row.shape) for row in told.rows]
+        [(('weight',), (20, 30)), (('bias',), (20,))]
+        >>> told.totals["parameters"]
+        620
     """
 
     rows: tuple[Row, ...]

@@ -11,10 +11,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "SECURITY.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(p for p in ROOT.glob("docs/**/*.md") if "_build" not in p.parts),
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
-MADE = (".venv/", "build/", "out/")
+MADE = (".venv/", "build/", "dist/", "docs/gallery/", "gallery/", "out/", "site/")
 """What commands make: it need not be there."""
 
 SUFFIXES = (".cff", ".json", ".md", ".png", ".py", ".toml", ".txt")
@@ -60,9 +62,14 @@ def _exists(path: str, folder: Path) -> bool:
     return (folder / path).is_dir() if path[-1] == "/" else (folder / path).exists()
 
 
+DRAWN = re.compile(r".*results/.*\.png")
+"""What is drawn from results; a source distribution comes without."""
+
+
 def _missing_links(prose: str, folder: Path) -> Missing:
     for link in LINK.finditer(prose):
-        if ":" not in link[1] and not _exists(link[1], folder):
+        drawn = DRAWN.fullmatch(link[1]) and not (ROOT / ".git").exists()
+        if ":" not in link[1] and not drawn and not _exists(link[1], folder):
             yield link.start(1), f"path {link[1]}"
 
 

@@ -1,4 +1,4 @@
-"""The README's snippets run as they are written, one after the other."""
+"""The README is short; its snippets, and those of all pages, run as written."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,13 @@ from sirfshampoo import SIRFShampoo
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+LINES = 200
+"""The most that the README may have."""
+
+PAGES = {page.stem: page for page in sorted((ROOT / "docs").glob("*.md"))}
+FRAMEWORKS = {
+    page.stem: page for page in sorted((ROOT / "docs" / "frameworks").glob("*.md"))
+}
 
 
 def snippets_of(path: Path) -> list[str]:
@@ -19,33 +26,79 @@ def snippets_of(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
 
 
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    snippets = snippets_of(README)
-    assert len(snippets) == 8
-    # 1 to 4 axes, an embedding, linear layers: what the snippets talk about
+def supplied() -> dict[str, Any]:
+    """Return what a reader has: a model, and data."""
+    # an embedding and linear layers: what the snippets talk about
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Linear(6, 3))
     data = [(torch.randint(7, (8,)), torch.randint(3, (8,))) for _ in range(3)]
-    names: dict[str, Any] = {
-        "torch": torch,
-        "model": model,
-        "data": data,
-        "loss_function": nn.functional.cross_entropy,
-        "SIRFShampoo": SIRFShampoo,
-    }
-    before = model[1].weight.detach().clone()
-    for snippet in snippets:
-        exec(snippet, names)
-    assert names["optimizer"].global_step == len(data)
-    assert not torch.equal(model[1].weight, before)
-    assert (tmp_path / "optimizer.pt").exists()
-    assert (tmp_path / "optimizer.safetensors").exists()
+    return {"model": model, "data": data}
 
 
-def test_snippets_of_the_page_for_users_of_adamw_run() -> None:
-    names: dict[str, Any] = {}
-    snippets = snippets_of(ROOT / "docs" / "from_adamw.md")
+def alone(snippet: str) -> dict[str, Any]:
+    """Run a snippet with nothing but a model and data; return its names."""
+    names = supplied()
+    exec(compile(snippet, "snippet", "exec"), names)
+    return names
+
+
+def test_the_readme_fits_three_screens() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= LINES
+
+
+def test_the_readme_has_one_picture_and_one_short_table() -> None:
+    text = README.read_text("utf-8")
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert (ROOT / picture).exists()
+    (table,) = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(table.splitlines()) - 2 <= 8
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_each_snippet_of_the_readme_runs_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = snippets_of(README)
     assert len(snippets) == 3
-    for snippet in snippets:
-        exec(snippet, names)
-    SIRFShampoo(names["model"], **names["arguments"])
+    alone(snippets[number])
+
+
+def test_the_first_snippet_of_the_readme_trains() -> None:
+    names = alone(snippets_of(README)[0])
+    assert names["optimizer"].global_step == len(names["data"])
+    assert names["schedule"].last_epoch == len(names["data"])
+    moved = names["optimizer"].diagnostics()
+    assert all(x > 0 for name, x in moved.items() if name.endswith("/update_norm"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_snippets_of_a_page_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "loss_function": nn.functional.cross_entropy} | supplied()
+    for snippet in snippets_of(PAGES[name]):
+        exec(compile(snippet, name, "exec"), names)
+    if name == "checkpoints":
+        assert (tmp_path / "optimizer.pt").exists()
+        assert (tmp_path / "optimizer.safetensors").exists()
+    if name == "from_adamw":
+        assert len(snippets_of(PAGES[name])) == 3
+        SIRFShampoo(names["model"], **names["arguments"])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec:FutureWarning")
+# peft 0.21 asks transformers 5.23 by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(n, i) for n, page in FRAMEWORKS.items() for i in range(len(snippets_of(page)))],
+)
+def test_each_script_for_a_framework_runs_alone(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippet = snippets_of(FRAMEWORKS[name])[number]
+    assert "AdamW" in snippet if number % 2 else "recipe(" in snippet
+    exec(compile(snippet, f"{name} {number}", "exec"), {"__name__": name})

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +18,6 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
     Summary,
-    choose_structures,
     summary,
 )
 from sirfshampoo._report.table import tell_bytes
@@ -458,18 +456,6 @@ def test_a_summary_cannot_be_changed() -> None:
         told.rows = ()  # type: ignore[misc]
     with pytest.raises(AttributeError):
         told.rows[0].parameters = 0  # type: ignore[misc]
-
-
-def test_the_figures_of_the_readme() -> None:
-    with torch.device("meta"):
-        model = GPT2()
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    dense = summary(model).totals["state_bytes"]
-    chosen = summary(model, choose_structures(model)).totals["state_bytes"]
-    adamw = 2 * 4 * sum(p.numel() for p in model.parameters())
-    assert f"takes {dense / 2**30:.1f} GiB of state" in readme
-    assert f"\n{chosen / 2**30:.2f} GiB with the groups" in readme
-    assert f"and {adamw / 2**30:.2f} GiB under AdamW" in readme
 
 
 def test_the_example_of_the_documentation() -> None:
