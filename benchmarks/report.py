@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from benchmarks.environment import ROOT
 from benchmarks.gpu import tables as visits
 from benchmarks.training import pictures
 from benchmarks.training import tables as training
-from benchmarks.training.tasks import TASKS
+from benchmarks.training.tasks import HELD_OUT, MADE_ON, TASKS
 from benchmarks.workloads import WORKLOADS
 
 
@@ -53,7 +53,10 @@ OVERVIEWS: dict[str, Callable[[Sequence[dict[str, Any]]], Markdown]] = {
     "spaces": training.spaces,
     "batch_sizes": training.batch_sizes,
 }
-"""Tables of all training tasks; a second word names another folder than `train`."""
+"""Tables of all training tasks but the held-out ones, which `train_held_out` has.
+
+A second word names another folder than `train`.
+"""
 
 VISITS: dict[str, Callable[[Path], str]] = {
     "gpu": visits.gpu_table,
@@ -61,8 +64,8 @@ VISITS: dict[str, Callable[[Path], str]] = {
 }
 """What a visit to a GPU has found, or that there was none."""
 
-SPECIAL = ("front", "workloads")
-"""Tables that are drawn from results of several kinds."""
+SPECIAL = ("front", "workloads", "train_held_out")
+"""Tables that are drawn from several files, which may not be there."""
 
 MARKER = re.compile(
     r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w./-]+))? -->\n)"
@@ -117,6 +120,9 @@ def render(text: str, folder: Path) -> tuple[str, int]:
             grid = front.table(trained(folder / "train"), folder / "gpu")
         elif match["table"] == "workloads":
             grid = tables.workloads(stepped(folder))
+        elif match["table"] == "train_held_out":  # there may be none
+            found = loaded(folder / (match["name"] or "train"), HELD_OUT)
+            grid = training.held_out(found)
         elif match["table"] in OVERVIEWS:
             kind = "batch" if match["table"] == "batch_sizes" else "train"
             found = trained(folder / (match["name"] or kind))
@@ -145,10 +151,16 @@ def trained(folder: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{folder} has no results.")
     if any(name in paths for name in TASKS):
         # Runs of another length or batch size have names of their own, and no column.
-        return [results.load(paths[name]) for name in TASKS if name in paths]
+        return loaded(folder, MADE_ON)
     order = {task.title: i for i, task in enumerate(TASKS.values())}
     resized = [results.load(path) for path in paths.values()]
     return sorted(resized, key=lambda r: (order[r["title"]], r["batch_size"]))
+
+
+def loaded(folder: Path, tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """Load the training results on some tasks, as far as they are there."""
+    paths = [folder / f"{task}.json" for task in tasks]
+    return [results.load(path) for path in paths if path.exists()]
 
 
 def stepped(folder: Path) -> list[dict[str, Any]]:

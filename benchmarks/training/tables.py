@@ -7,8 +7,9 @@ from typing import Any
 
 from benchmarks.tables import Grid, where
 from benchmarks.training.builders import OURS
-from benchmarks.training.spaces import UNIT
+from benchmarks.training.spaces import CONTESTANTS, ON_HELD_OUT, UNIT
 from benchmarks.training.summary import Entry, Mean, entries
+from benchmarks.training.tasks import HELD_OUT, TASKS
 
 Result = Mapping[str, Any]
 
@@ -151,6 +152,53 @@ def all_training(results: Sequence[Result]) -> Grid:
         results,
         lambda e: e.mean("train"),
         "Training losses at the end of the same runs, the lowest in bold.",
+    )
+
+
+def held_out(results: Sequence[Result]) -> Grid:
+    """Tell the test loss on every held-out task, also on those that were not run."""
+    found = {r["name"]: {e.name: e for e in entries(r)} for r in results}
+    lines = []
+    for name in HELD_OUT:
+        there = found.get(name, {})
+        means = {who: e.mean("test") for who, e in there.items()}
+        fit = {who: m.mean for who in ON_HELD_OUT if (m := means.get(who))}
+        best = min(fit, key=lambda who: fit[who], default=None)
+        cells = {who: _held_out_cell(there.get(who)) for who in ON_HELD_OUT}
+        if best is not None:
+            cells[best] = f"**{cells[best]}**"
+        lines.append((f"{name}: {TASKS[name].title}", *cells.values()))
+    titles = (CONTESTANTS[who].title for who in ON_HELD_OUT)
+    notes = ["Test losses, means over seeds ± standard errors, the lowest in bold."]
+    if results:
+        notes.append(_how_held_out(found))
+        notes += dict.fromkeys(where(r["environment"]) for r in results[:1])
+    return Grid(("", *titles), lines, notes)
+
+
+def _held_out_cell(e: Entry | None) -> str:
+    """Format mean ± standard error, and how many runs it leaves out."""
+    if e is None:
+        return "not run"
+    mean = e.mean("test")
+    if mean is None:
+        return "diverged"
+    error = f" ± {mean.deviation / mean.n**0.5:.2g}" if mean.n > 1 else ""
+    lost = f" ({_share(e.diverged(1.0))} diverged)" if e.diverged(1.0)[0] else ""
+    return f"{mean.mean:.4g}{error}{lost}"
+
+
+def _how_held_out(found: Mapping[str, Mapping[str, Entry]]) -> str:
+    """Say how much was searched, and how many seeds there are."""
+    told = [
+        there[who] for there in found.values() for who in ON_HELD_OUT if who in there
+    ]
+    trials = sorted({len(e.trials) for e in told if e.record["searched"]})
+    seeds = sorted({len(e.runs()) for e in told if e.runs()})
+    return (
+        f"{' or '.join(map(str, trials)) or 'No'} trials of random search for each "
+        f"but the recipe, on another seed; {' or '.join(map(str, seeds)) or 'no'} "
+        "seeds."
     )
 
 

@@ -1,66 +1,12 @@
 """What the contestants are trained on: data, network, loss, batch and steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from benchmarks.training import models
-from benchmarks.training.data import CONTEXT, Data, load
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From inputs, the network's output and targets to a mean over examples."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A problem to train on.
-
-    Attributes:
-        title: What it is, in words.
-        data: Name of the data set.
-        model: Makes the network for a data set.
-        loss: What is minimized.
-        batch_size: Examples in a batch.
-        steps: How long a run is.
-    """
-
-    title: str
-    data: str
-    model: Callable[[Data], nn.Module]
-    loss: Loss
-    batch_size: int
-    steps: int
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether an accuracy can be told."""
-        return self.loss is cross_entropy
-
-    def load(self) -> Data:
-        """Return the data."""
-        return load(self.data)
-
-
-def cross_entropy(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compare classes; the mean is over all axes but the last."""
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-
-
-def reconstruction(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Sum squared errors over the pixels of an image."""
-    return (outputs - inputs.flatten(1)).square().sum(-1).mean()
-
-
-def squares(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Average squared errors."""
-    return F.mse_loss(outputs, targets)
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Return the percentage of right classes."""
-    return 100 * (outputs.argmax(-1) == targets).float().mean().item()
+from benchmarks.training import held_out, models
+from benchmarks.training.data import CONTEXT, Data
+from benchmarks.training.task import Task, cross_entropy, reconstruction, squares
 
 
 def _transformer(width: int, layers: int) -> Callable[[Data], nn.Module]:
@@ -159,8 +105,15 @@ TASKS: dict[str, Task] = {
         batch_size=128,
         steps=300,
     ),
+    **held_out.TASKS,
 }
 """What `--task` accepts; a new task joins with one line."""
+
+MADE_ON = tuple(name for name, task in TASKS.items() if not task.held_out)
+"""The tasks that the recipe was made on."""
+
+HELD_OUT = tuple(name for name, task in TASKS.items() if task.held_out)
+"""The tasks that no choice of the recipe was made on."""
 
 QUICK = ("digits-cnn", "regression", "digits-mlp", "logistic", "logistic-rotated")
 """What `--quick` trains on."""
