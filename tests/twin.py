@@ -316,7 +316,10 @@ class Twin:
             X = U.reshape(len(U), -1) if U.ndim > 1 else U.reshape(1, -1)
             schatten4 = float((torch.linalg.svdvals(X) ** 4).sum() ** 0.25)
             wanted = len(X) ** 0.5 * min(X.shape) ** -0.25
-            U = U * (wanted / max(schatten4, 1e-300))
+            longest = 3 * (len(X) / max(1, min(X.shape))) ** 0.5
+            spectral = float(torch.linalg.svdvals(X).max())
+            scales = wanted / max(schatten4, 1e-300), longest / max(spectral, 1e-300)
+            U = U * min(scales)
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["max_relative_update"] is not None:

@@ -11,6 +11,9 @@ from torch import Size, Tensor
 from sirfshampoo._method.rows import magnitude, unless_all
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 
+#: No singular value of U is longer than so many times that of orthonormal rows.
+_LONGEST_DIRECTION = 3.0
+
 #: A parameter that is smaller, such as one that starts at 0, counts as so many times a
 #: matrix with orthonormal rows: torch's own start of a linear layer is 0.58 times that.
 _LEAST_WEIGHT = 0.5
@@ -27,7 +30,8 @@ def normalize_update(U: Tensor) -> Tensor:
     The Schatten-4 norm ‖U‖_S4 = ‖U Uᵀ‖_F^(1/2) takes one product, and lies between the
     spectral norm, which sees one direction alone, and the Frobenius norm, which many
     small ones make large. If all singular values are equal, U has orthonormal rows, or,
-    if it is tall, columns of length √(m / r). A vector is one row: it gets length 1.
+    if it is tall, columns of length √(m / r). A vector is one row: it gets length 1. A
+    direction that holds most of a large matrix gets 3 √(m / r) at most.
 
     Args:
         U: The pre-conditioned gradients, ``[rows, *dims]``. What is 0 stays so.
@@ -39,6 +43,14 @@ def normalize_update(U: Tensor) -> Tensor:
     S = X @ X.mT if m == r else X.mT @ X
     norm = torch.linalg.vector_norm(S.flatten(1), dim=1).sqrt()
     scale = sqrt(m) * max(r, 1) ** -0.25 / norm
+    if r > _LONGEST_DIRECTION**4:  # else no direction is longer
+        v = torch.zeros_like(S[..., :1])
+        largest = S.diagonal(dim1=-2, dim2=-1).argmax(-1)
+        v.scatter_(-2, largest[:, None, None], 1.0)
+        for _ in range(3):  # the power method
+            v = S @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
+        spectral = torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
+        scale = scale.minimum(_LONGEST_DIRECTION * sqrt(m / r) / spectral)
     scale = scale.masked_fill(norm == 0, 0.0)
     return (X * per_matrix(scale, X)).to(U.dtype).view_as(U)
 

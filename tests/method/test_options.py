@@ -18,6 +18,7 @@ from sirfshampoo import (
     SIRFShampoo,
     recipe,
 )
+from sirfshampoo._method.descent import normalize_update
 
 OPTIONS: dict[str, Any] = {
     "initial_factors": "gradient",
@@ -165,6 +166,24 @@ def test_an_update_has_the_size_of_orthonormal_rows(shape: tuple[int, ...]) -> N
     before = p.detach().clone()
     optimizer.step()
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (128, 500)])
+def test_no_direction_of_an_update_is_far_longer_than_the_others(
+    shape: tuple[int, int],
+) -> None:
+    r = min(shape)
+    a, b = torch.randn(shape[0], 1), torch.randn(1, shape[1])
+    U = normalize_update((a @ b).unsqueeze(0))[0]
+    # by its Schatten-4 norm alone it would be longer
+    assert float(torch.linalg.matrix_norm(U, 2)) == pytest.approx(
+        3 * (shape[0] / r) ** 0.5, rel=1e-4
+    )
+    flat = torch.linalg.qr(torch.randn(max(shape), r)).Q
+    flat = flat if shape[0] > r else flat.T
+    U = normalize_update(1e-3 * flat.unsqueeze(0))[0]
+    assert torch.allclose(U, (shape[0] / r) ** 0.5 * flat, atol=1e-4)
+    assert not normalize_update(torch.zeros(1, *shape)).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
