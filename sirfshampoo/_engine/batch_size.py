@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,11 +53,11 @@ class BatchSizeCounter:
     twice. With an integer it always returns that.
 
     Attributes:
-        params: The trained parameters.
+        groups: The parameter groups of the optimizer.
     """
 
     def __init__(self, batch_size: int | Count, expected: int | None = None) -> None:
-        self.params: list[Tensor] = []
+        self.groups: Sequence[Mapping[str, Any]] = ()
         self._expected = expected
         self._unexpected: list[int] = []  # batch sizes of the last steps on end
         self._count: Count | None = None
@@ -135,7 +136,7 @@ class BatchSizeCounter:
         if all(now is was and version == old for (now, version), (was, old) in pairs):
             # gradients with respect to something else; or, of shards, ones that come
             # into ``.grad`` when the ranks communicate next, whatever is reset before
-            if any(is_dtensor(p) for p in self.params):
+            if any(is_dtensor(p) for group in self.groups for p in group["params"]):
                 self._held_back += arrived
             return
         arrived, self._held_back = self._held_back + arrived, []
@@ -149,7 +150,8 @@ class BatchSizeCounter:
     def _gradients(self) -> _Gradients:
         """Return the present gradients, each with a number that changes with it."""
         # what is added to a shard does not show in the version of the whole
-        grads = [None if p.grad is None else local(p.grad) for p in self.params]
+        params = (p for group in self.groups for p in group["params"])
+        grads = [None if p.grad is None else local(p.grad) for p in params]
         return [(g, -1 if g is None else g._version) for g in grads]
 
     # ------------------------------------------------------------------------- step
