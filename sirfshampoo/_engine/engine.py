@@ -228,6 +228,8 @@ class Engine:
             Whether each parameter of each unit has a gradient on every rank, and how
             many examples there are.
         """
+        if self.owners is not None:
+            self.owners.check_caller(self.units)
         flags = [has for unit in self.units for has in unit.gradients_present()]
         everywhere, total = self.ranks.agree(flags, counted)
         if everywhere and not any(everywhere) and not self._told_of_rest:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sirfshampoo._distributed import Exchange, is_dtensor, whole
+from sirfshampoo._distributed import Exchange, is_dtensor, refuse_trainer, whole
 from sirfshampoo._engine.assignment import with_owners
 from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.stacks import Stack
@@ -24,6 +24,7 @@ class Owners:
     def __init__(self, group: Any) -> None:
         """Own among the ranks of a process group, or of a mesh of one dimension."""
         self.exchange = Exchange(group)
+        self._is_called = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owners:
         """Return this: a copy of an optimizer is on the same ranks."""
@@ -58,6 +59,13 @@ class Owners:
         for unit in units:
             self.exchange.check(unit.params)
         return with_owners(units, groups, present, self.exchange.size)
+
+    def check_caller(self, units: Iterable[Unit]) -> None:
+        """Check, in the first step, that who calls it will save with all ranks."""
+        if self._is_called or any(is_dtensor(p) for unit in units for p in unit.params):
+            return
+        self._is_called = True
+        refuse_trainer()
 
     # ------------------------------------------------------------------- checkpoints
 
