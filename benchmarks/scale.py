@@ -7,7 +7,6 @@ machine that is assumed.
 
 import argparse
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,8 +20,6 @@ from benchmarks import environment, results
 from benchmarks.workloads import Shapes, gpt
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of
-from sirfshampoo._engine.relay import rounds
-from sirfshampoo._engine.stacks import stack_units
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.summary import _Plan
 
@@ -118,22 +115,12 @@ def predict(
                 costs.step += cost.step_flops
                 costs.update += cost.update_flops
                 costs.work += work_of(unit, group)
-    stacks = stack_units(units, groups, defaultdict(dict), step=0, rank=-1)
     for rank, costs in enumerate(every):
-        if owned and not sharded:
-            costs.received = sum(
-                _gathered(of_round, ranks) for of_round in rounds(stacks)
-            )
-            costs.received *= ranks - 1
-        else:
-            costs.received = (
-                sum(
-                    _received(unit, p, rank, ranks)
-                    for unit in units
-                    for p in unit.params
-                )
-                * sharded
-            )
+        costs.received = sum(
+            _received(unit, p, rank, ranks, sharded=sharded)
+            for unit in units
+            for p in unit.params
+        )
     return every
 
 
@@ -144,24 +131,16 @@ def _shard(p: Tensor, rank: int, ranks: int) -> int:
     return max(min(chunk, rows - rank * chunk), 0) * (p.numel() // rows)
 
 
-def _received(unit: Unit, p: Tensor, rank: int, ranks: int) -> int:
-    """Return the bytes that reach a rank for a sharded parameter."""
-    own = _shard(p, rank, ranks)
-    if unit.owner is None:  # gathered, with shards of the size of the first
+def _received(unit: Unit, p: Tensor, rank: int, ranks: int, *, sharded: bool) -> int:
+    """Return the bytes that reach a rank for a parameter."""
+    if not sharded:  # as it has become, from its owner
+        numbers = p.numel() * (unit.owner not in (None, rank))
+    elif unit.owner is None:  # gathered, with shards of the size of the first
         numbers = (ranks - 1) * _shard(p, 0, ranks)
     else:  # gradients to the owner, updates from it
+        own = _shard(p, rank, ranks)
         numbers = p.numel() - own if unit.owner == rank else own
     return numbers * p.element_size()
-
-
-def _gathered(stacks: Sequence[Any], ranks: int) -> int:
-    """Return the bytes that each rank sends in a round: as many as any has."""
-    of_owner: dict[torch.dtype, list[int]] = defaultdict(lambda: [0] * ranks)
-    for stack in stacks:
-        for unit in stack.units:
-            for p in unit.params:
-                of_owner[p.dtype][unit.owner or 0] += p.numel()
-    return sum(max(numbers) * dtype.itemsize for dtype, numbers in of_owner.items())
 
 
 # --- the table ------------------------------------------------------------------------

@@ -338,7 +338,7 @@ class SIRFShampoo(UnitOptimizer):
     @untraced
     def _plan(self) -> tuple[list[Task], int, Precision]:
         """Return what is to be done, the batch size, and in which precision."""
-        units = self._engine.units
+        units = self._units()
         present, counted = self._engine.agree(self._batch_size.counted())
         moving = [u for u, has in zip(units, present, strict=True) if any(has)]
         batch_size = 0
@@ -373,7 +373,7 @@ class SIRFShampoo(UnitOptimizer):
 
     def _summary(self) -> Summary:
         """Return what the pre-conditioners are and cost, but of what is frozen."""
-        pairs = list(zip(self._engine.units, self._unit_names(), strict=True))
+        pairs = list(zip(self._units(), self._unit_names(), strict=True))
         wanted = [pair for pair in pairs if pair[0].is_wanted(self.state)]
         units, names = [u for u, _ in wanted], [n for _, n in wanted]
         return summarize(units, self.param_groups, names)

@@ -2,7 +2,7 @@
 
 from sirfshampoo._distributed.agreement import Ranks
 from sirfshampoo._distributed.exchange import Exchange, check_sharing
-from sirfshampoo._distributed.groups import is_initialized
+from sirfshampoo._distributed.groups import is_initialized, refuse_trainer
 from sirfshampoo._distributed.shards import (
     distributed_like,
     fill,
@@ -27,6 +27,7 @@ __all__ = [
     "local",
     "local_like",
     "placement",
+    "refuse_trainer",
     "shard_rows",
     "sum_over_shards",
     "whole",

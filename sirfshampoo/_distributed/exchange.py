@@ -14,7 +14,6 @@ from sirfshampoo._distributed.groups import (
     device_of,
     groups_of,
     is_mesh,
-    reduced,
 )
 from sirfshampoo._distributed.regions import Regions
 from sirfshampoo._distributed.shards import is_dtensor, local, local_like
@@ -22,11 +21,6 @@ from sirfshampoo._distributed.shards import is_dtensor, local, local_like
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-
-# torch 2.13 calls it otherwise, and warns of the old name
-_all_gather: Any = getattr(dist, "all_gather_single", None)
-_all_gather = _all_gather or getattr(dist, "all_gather_into_tensor", None)
 
 
 Waiting = Callable[[], list[list[Tensor]]]
@@ -137,40 +131,43 @@ class Exchange:
         return wait
 
     def broadcast(self, moved: Sequence[tuple[int, Tensor]]) -> Callable[[], None]:
-        """Send parameters from their owners to all ranks.
+        """Send tensors from their owners to all ranks.
+
+        Each rank receives what it does not own, and no more; all of it is in flight
+        at once.
 
         Args:
-            moved: Owners, each with a parameter that lies whole on every rank.
+            moved: Owners, each with a tensor that has the same shape on every rank.
 
         Returns:
-            What waits for them, and writes them into the parameters.
+            What waits for them, and writes them into the tensors.
         """
         handles = []
-        for dtype in _dtypes([(owner, [p]) for owner, p in moved]):
-            of_owner: list[list[Tensor]] = [[] for _ in range(self.size)]
-            for owner, p in moved:
-                if p.dtype == dtype:
-                    of_owner[owner].append(p)
-            length = max(sum(p.numel() for p in params) for params in of_owner)
-            flat = of_owner[self.rank] or [moved[0][1].new_empty(0, dtype=dtype)]
-            mine = torch.cat([p.detach().flatten() for p in flat])
-            mine = torch.nn.functional.pad(mine, (0, length - len(mine)))
-            every = mine.new_empty(self.size * length)
-            with awaiting("parameters"):
-                work = _all_gather(every, mine, group=self.group, async_op=True)
-            handles.append((work, every.view(self.size, length), of_owner, mine))
+        for dtype in _dtypes((owner, [t]) for owner, t in moved):
+            for owner in sorted({owner for owner, _ in moved}):
+                tensors = [
+                    t.detach() for o, t in moved if o == owner and t.dtype == dtype
+                ]
+                length = sum(t.numel() for t in tensors)
+                if length and self.size > 1:
+                    if owner == self.rank:
+                        flat = torch.cat([t.flatten() for t in tensors])
+                    else:
+                        flat = tensors[0].new_empty(length)
+                    source = dist.get_global_rank(self.group, owner)
+                    with awaiting("parameters"):
+                        work = dist.broadcast(flat, source, self.group, async_op=True)
+                    handles.append((work, flat, tensors, owner))
 
         def finish() -> None:
-            for work, every, of_owner, _ in handles:
+            for work, flat, tensors, owner in handles:
                 with awaiting("parameters"):
                     work.wait()
-                for owner, params in enumerate(of_owner):
-                    if owner != self.rank and params:
-                        numbers = [p.numel() for p in params]
-                        parts = every[owner, : sum(numbers)].split(numbers)
-                        pairs = zip(parts, params, strict=True)
-                        news = [part.view(p.shape) for part, p in pairs]
-                        torch._foreach_copy_([p.detach() for p in params], news)
+                if owner != self.rank:
+                    parts = flat.split([t.numel() for t in tensors])
+                    pairs = zip(parts, tensors, strict=True)
+                    news = [part.view(t.shape) for part, t in pairs]
+                    torch._foreach_copy_(tensors, news)
 
         return finish
 
@@ -229,6 +226,12 @@ class Exchange:
 
     # ---------------------------------------------------------------- of checkpoints
 
+    def copied(self, owned: Sequence[tuple[int, Tensor, bool]]) -> list[Tensor]:
+        """Return tensors that one rank each holds; see `shared` for `owned`."""
+        tensors = [t if held else t.new_empty(t.shape[1:]) for _, t, held in owned]
+        self.broadcast([(o, t) for (o, _, _), t in zip(owned, tensors, strict=True)])()
+        return tensors
+
     def shared(self, owned: Sequence[tuple[int, Tensor, bool]]) -> list[Tensor]:
         """Return tensors that one rank each holds, sharded along their first axes.
 
@@ -281,11 +284,6 @@ class Exchange:
         with awaiting("diagnostics"):
             dist.all_gather_object(of_rank, told, self.group)
         return {key: value for told in of_rank for key, value in told.items()}
-
-    def summed(self, numbers: Sequence[int]) -> list[int]:
-        """Return the sums of integers over all ranks."""
-        with awaiting("the state"):
-            return reduced(numbers, [self.group], dist.ReduceOp.SUM)
 
 
 def check_sharing(group: Any) -> None:

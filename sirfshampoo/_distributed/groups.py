@@ -42,16 +42,40 @@ def refuse_zero() -> None:
     Raises:
         ValueError: If it is under way.
     """
+    if _is_under_way("torch.distributed.optim.zero_redundancy_optimizer"):
+        raise ValueError(
+            "ZeroRedundancyOptimizer cannot deal out SIRFShampoo. Build it directly: "
+            "SIRFShampoo(model, shard_preconditioners=True) shares pre-conditioners, "
+            "their memory and their work among the ranks."
+        )
+
+
+def refuse_trainer() -> None:
+    """Refuse to own pre-conditioners of whole parameters in transformers' ``Trainer``.
+
+    It asks one rank alone for the state, and that rank would wait for the others.
+
+    Raises:
+        ValueError: If it is under way.
+    """
+    if _is_under_way("transformers.trainer"):
+        raise ValueError(
+            "Argument 'shard_preconditioners' must be False where transformers' "
+            "Trainer trains by DistributedDataParallel: it saves the state of rank 0 "
+            "alone, which does not have what other ranks own. Or have the Trainer "
+            "shard parameters, too (TrainingArguments(fsdp=...), version 2): then all "
+            "ranks save."
+        )
+
+
+def _is_under_way(module: str) -> bool:
+    """Return whether a function of a module has called, by whatever way."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        name = frame.f_globals.get("__name__", "")
-        if name == "torch.distributed.optim.zero_redundancy_optimizer":
-            raise ValueError(
-                "ZeroRedundancyOptimizer cannot deal out SIRFShampoo. Build it "
-                "directly: SIRFShampoo(model, shard_preconditioners=True) shares "
-                "pre-conditioners, their memory and their work among the ranks."
-            )
+        if frame.f_globals.get("__name__") == module:
+            return True
+    return False
 
 
 def is_mesh(group: Any) -> TypeIs[DeviceMesh]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,11 +53,11 @@ class BatchSizeCounter:
     twice. With an integer it always returns that.
 
     Attributes:
-        params: The trained parameters.
+        groups: The parameter groups of the optimizer.
     """
 
     def __init__(self, batch_size: int | Count, expected: int | None = None) -> None:
-        self.params: list[Tensor] = []
+        self.groups: Sequence[Mapping[str, Any]] = ()
         self._expected = expected
         self._unexpected: list[int] = []  # batch sizes of the last steps on end
         self._count: Count | None = None
@@ -133,7 +134,7 @@ class BatchSizeCounter:
         if before.holds(gradients):
             # gradients with respect to something else; or, of shards, ones that come
             # into ``.grad`` when the ranks communicate next, whatever is reset before
-            if any(is_dtensor(p) for p in self.params):
+            if any(is_dtensor(p) for group in self.groups for p in group["params"]):
                 self._held_back += arrived
             return
         arrived, self._held_back = self._held_back + arrived, []
@@ -146,7 +147,7 @@ class BatchSizeCounter:
         self._tally.mark(gradients)
 
     def _gradients(self) -> list[Tensor | None]:
-        return gradients_of(self.params)
+        return gradients_of([p for group in self.groups for p in group["params"]])
 
     # ------------------------------------------------------------------------- step
 

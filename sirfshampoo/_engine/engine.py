@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from operator import is_
 from typing import Any
 
 from torch import Tensor
 
 from sirfshampoo._config.variant import Variant
-from sirfshampoo._distributed import Ranks, is_dtensor
+from sirfshampoo._distributed import Ranks, is_dtensor, local
 from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.owners import Owners
 from sirfshampoo._engine.plan import Settings, Task, plan_stack
@@ -17,6 +19,7 @@ from sirfshampoo._engine.spread import Phases
 from sirfshampoo._engine.stacks import Stack, State, stack_units
 from sirfshampoo._engine.step import Everywhere, Route
 from sirfshampoo._engine.units import Unit
+from sirfshampoo._engine.warn import warn_of_rest
 from sirfshampoo._method.factors import Workspace
 from sirfshampoo.structures import StructuredMatrix
 
@@ -59,6 +62,7 @@ class Engine:
         self._allocates = allocates
         self._stacks: list[Stack] | None = None
         self._phases = Phases()
+        self._told_of_rest = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; stacks are rebuilt from the state."""
@@ -95,6 +99,46 @@ class Engine:
                 f"pre-conditioners are sharded, got True for {list(names)}."
             )
         return self.owners.assign(units, groups, self.units)
+
+    def follow(self, groups: Sequence[Group], state: dict[Tensor, State]) -> list[Unit]:
+        """Return the units, of the parameters that stand in the groups by now.
+
+        A framework may have put others in the place of those that were given, as
+        accelerate puts the shards: they take the state over.
+
+        Args:
+            groups: The parameter groups.
+            state: The optimizer's state.
+
+        Raises:
+            ValueError: If they have other shapes.
+        """
+        for i, (unit, group) in enumerate(zip(self.units, groups, strict=True)):
+            params = tuple(group["params"])
+            if len(params) == len(unit.params) and all(map(is_, params, unit.params)):
+                continue
+            shapes = [[tuple(p.shape) for p in ps] for ps in (unit.params, params)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"The parameters of group {i} must keep the shapes {shapes[0]} "
+                    f"where others take their place, got {shapes[1]}."
+                )
+            self.units[i] = replace(unit, params=params)
+            self._hand_over(unit, self.units[i], state)
+        return self.units
+
+    def _hand_over(self, old: Unit, new: Unit, state: dict[Tensor, State]) -> None:
+        """Put the state of a unit under other parameters of the same shapes."""
+        for p, q in zip(old.params, new.params, strict=True):
+            entries = state.pop(p, {})
+            if self.owners is not None and is_dtensor(q) and self.momentum in entries:
+                self.owners.exchange.check([q])
+                if not is_dtensor(p):  # from where it was whole to where shards are
+                    if not self.holds(old):
+                        entries[self.momentum] = local(q).new_zeros(q.shape)
+                    of_owner = [(old.owner or 0, entries[self.momentum])]
+                    self.owners.exchange.broadcast(of_owner)()
+            state[q] = entries
 
     # ----------------------------------------------------------------------- stacks
 
@@ -184,8 +228,13 @@ class Engine:
             Whether each parameter of each unit has a gradient on every rank, and how
             many examples there are.
         """
+        if self.owners is not None:
+            self.owners.check_caller(self.units)
         flags = [has for unit in self.units for has in unit.gradients_present()]
         everywhere, total = self.ranks.agree(flags, counted)
+        if everywhere and not any(everywhere) and not self._told_of_rest:
+            self._told_of_rest = True  # once is enough
+            warn_of_rest()
         known = iter(everywhere)
         return [[next(known) for _ in unit.params] for unit in self.units], total
 

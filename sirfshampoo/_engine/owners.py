@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import Exchange, is_dtensor, whole
+from sirfshampoo._distributed import Exchange, is_dtensor, refuse_trainer, whole
 from sirfshampoo._engine.assignment import with_owners
 from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.stacks import Stack
@@ -25,6 +24,7 @@ class Owners:
     def __init__(self, group: Any) -> None:
         """Own among the ranks of a process group, or of a mesh of one dimension."""
         self.exchange = Exchange(group)
+        self._is_called = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owners:
         """Return this: a copy of an optimizer is on the same ranks."""
@@ -60,32 +60,33 @@ class Owners:
             self.exchange.check(unit.params)
         return with_owners(units, groups, present, self.exchange.size)
 
+    def check_caller(self, units: Iterable[Unit]) -> None:
+        """Check, in the first step, that who calls it will save with all ranks."""
+        if self._is_called or any(is_dtensor(p) for unit in units for p in unit.params):
+            return
+        self._is_called = True
+        refuse_trainer()
+
     # ------------------------------------------------------------------- checkpoints
 
     def spread(self, stacks: Iterable[Stack]) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """Yield parameter, key and tensor of a state that all ranks hold a share of.
+        """Yield parameter, key and tensor of a state of which one rank each holds all.
 
-        What one rank holds becomes a tensor that is sharded over all of them, so that
-        checkpoints know nothing of owners. All ranks must call it.
+        For whole parameters it comes whole to every rank, so that a file of any one of
+        them has all; for sharded ones, sharded over the ranks. So checkpoints know
+        nothing of owners. All ranks must call it.
         """
-        owned = [
-            (stack.owner, entry)
-            for stack in stacks
-            for entry in stack.entries()
-            if not (entry[3] and (entry[1] == "step" or is_dtensor(entry[2])))
-        ]
-        matrices = [(o, e) for o, e in owned if e[1] != "skipped"]
-        shards = self.exchange.shared(
-            [(owner, tensor, held) for owner, (_, _, tensor, held) in matrices]
-        )
-        for (_, (p, key, _, _)), shard in zip(matrices, shards, strict=True):
-            yield p, key, shard
-        counters = [e for _, e in owned if e[1] == "skipped"]
-        counts = self.exchange.summed(
-            [int(t) if held else 0 for _, _, t, held in counters]
-        )
-        for (p, key, tensor, _), count in zip(counters, counts, strict=True):
-            yield p, key, torch.tensor(count, dtype=tensor.dtype, device=tensor.device)
+        for stack in stacks:  # one at a time: that bounds what is in flight
+            owned = [
+                (p, key, tensor, held)
+                for p, key, tensor, held in stack.entries()
+                if not (held and (key == "step" or is_dtensor(tensor)))
+            ]
+            is_sharded = any(is_dtensor(p) for p in stack.units[0].params)
+            give = self.exchange.shared if is_sharded else self.exchange.copied
+            given = give([(stack.owner, tensor, held) for _, _, tensor, held in owned])
+            for (p, key, _, _), tensor in zip(owned, given, strict=True):
+                yield p, key, tensor
 
     def collect(
         self, unit: Unit, saved: Mapping[Tensor, Mapping[str, Tensor]]

@@ -145,9 +145,11 @@ class Stack:
             self.starting.clear()  # what has started is known to the owner alone
         for row, position, key, view, held in self._rows():
             p = self.units[row].params[position]
+            # put in anew, keys stand in the same order on every rank, as it is saved
+            known = state[p].pop(key, None)
             # without numbers there is nothing to take over
-            if held and key in state[p] and not state[p][key].is_meta:
-                fill(view, state[p][key])
+            if held and known is not None and not known.is_meta:
+                fill(view, known)
             state[p][key] = view
             self._placed.append((p, key, view))
         if self.starting and not self._are_shared and not self.skipped.is_meta:

@@ -139,7 +139,7 @@ class UnitOptimizer(Optimizer):
         self._given.append(range(len(before), len(before) + len(groups)))
         self.param_groups = [*before, *groups]
         self._engine.units = [*self._engine.units, *units]
-        self._batch_size.params += [p for unit in units for p in unit.params]
+        self._batch_size.groups = self.param_groups
         if self._is_set_up:
             self._restack()
 
@@ -167,11 +167,16 @@ class UnitOptimizer(Optimizer):
 
     def _stacks(self) -> list[Stack]:
         """Return the stacks, rebuilt if the state or a momentum asks for it."""
+        self._units()
         return self._engine.stacks(self.param_groups, self.state, self.global_step)
+
+    def _units(self) -> list[Unit]:
+        """Return the units, of the parameters that stand in the groups by now."""
+        return self._engine.follow(self.param_groups, self.state)
 
     def _unit_names(self) -> list[list[str]]:
         """Return, a unit, the names of its parameters; without any: their numbers."""
-        return self._model.names_of_units(self._engine.units, self.param_groups)
+        return self._model.names_of_units(self._units(), self.param_groups)
 
     @property
     def given_groups(self) -> list[GivenGroup]:
@@ -278,7 +283,7 @@ class UnitOptimizer(Optimizer):
         saved, step = check_fit(
             state_dict,
             self.param_groups,
-            engine.units,
+            self._units(),
             self._unit_names(),
             engine.momentum,
         )
@@ -289,7 +294,7 @@ class UnitOptimizer(Optimizer):
         for group, (_, present) in zip(loaded, pairs, strict=True):
             if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks
                 group["lr"] = present["lr"].fill_(group["lr"])
-        self.param_groups = loaded
+        self.param_groups = self._batch_size.groups = loaded
         engine.units = [
             replace(unit, dtypes=group["preconditioner_dtypes"])
             for unit, group in zip(engine.units, self.param_groups, strict=True)

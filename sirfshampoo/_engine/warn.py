@@ -46,6 +46,15 @@ def warn_of_non_finite_gradients(
         )
 
 
+def warn_of_rest() -> None:
+    """Warn that a step moves nothing."""
+    tell(
+        "No parameter of the optimizer has a gradient (of several ranks: on each of "
+        "them), so this step moves nothing: call it after backward(), and with the "
+        "parameters that the model is computed with."
+    )
+
+
 def warn_of_void_decay(kappa: float) -> None:
     """Warn that no group takes the weight decay that the constructor was given."""
     tell(

@@ -242,6 +242,16 @@ def test_a_short_way_through_checkpoints(
         one.run(cases.resume, way="alone", owned=False, **shared)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_of_one_rank_has_what_all_own(
+    two: Ranks, one: Ranks, tmp_path: Path, rank: int
+) -> None:
+    two.run(cases.saved_by_one, rank=rank, folder=str(tmp_path))
+    two.run(cases.resumed_from_one, way="ddp", owned=True, folder=str(tmp_path))
+    two.run(cases.resumed_from_one, way="ddp", owned=False, folder=str(tmp_path))
+    one.run(cases.resumed_from_one, way="alone", owned=False, folder=str(tmp_path))
+
+
 @pytest.mark.heavy
 @OWNED
 @pytest.mark.parametrize("kind", ["sharded", "full"])

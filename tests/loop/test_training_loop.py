@@ -64,7 +64,8 @@ def test_parameters_without_gradient_rest_and_join_late(T: int) -> None:
     for p in net.parameters():  # frozen later
         p.requires_grad_(False).grad = None
     before = [n for p in net.parameters() for n in numbers(optimizer, p)]
-    optimizer.step()
+    with pytest.warns(UserWarning, match="No parameter of the optimizer has a grad"):
+        optimizer.step()
     assert all_equal(
         [n for p in net.parameters() for n in numbers(optimizer, p)], before
     )
@@ -72,8 +73,33 @@ def test_parameters_without_gradient_rest_and_join_late(T: int) -> None:
 
 def test_a_step_without_any_gradient_needs_no_batch_size() -> None:
     optimizer = SIRFShampoo(model())
-    optimizer.step()
-    assert optimizer.global_step == 1
+    with pytest.warns(UserWarning, match="No parameter of the optimizer has a grad"):
+        optimizer.step()
+    optimizer.step()  # says so once
+    assert optimizer.global_step == 2
+
+
+def test_parameters_that_others_replace_in_the_groups_are_trained() -> None:
+    net, twin = model(), model()
+    twin.load_state_dict(net.state_dict())
+    trained = [SIRFShampoo(n, batch_size=3, **FAST) for n in (net, twin)]
+    for step in range(6):
+        if step == 3:  # as accelerate does
+            others = {p: nn.Parameter(p.detach().clone()) for p in net.parameters()}
+            for group in trained[0].param_groups:
+                group["params"] = [others[p] for p in group["params"]]
+        params = [p for g in trained[0].param_groups for p in g["params"]]
+        draw_gradients(twin)
+        pairs = list(zip(params, twin.parameters(), strict=True))
+        for p, q in pairs:
+            p.grad = q.grad.clone()
+        for optimizer in trained:
+            optimizer.step()
+        assert all_equal([p for p, _ in pairs], [q for _, q in pairs])
+    assert set(trained[0].state) == set(params)
+    trained[0].param_groups[0]["params"] = [nn.Parameter(torch.zeros(2, 9))]
+    with pytest.raises(ValueError, match=r"group 0 must keep the shapes .* got"):
+        trained[0].step()
 
 
 def test_sparse_gradient_is_an_error_that_says_so() -> None:

@@ -94,6 +94,7 @@ EXPECTED = (
     "Detected call of `lr_scheduler.step",  # a scheduler stepped first
     "Seems like `optimizer.step",  # a copy has no wrapper around its step
     "The state dict holds nothing for",  # layers that were frozen all the time
+    "No parameter of the optimizer has a gradient",
 )
 
 
