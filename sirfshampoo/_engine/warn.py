@@ -69,7 +69,7 @@ def warn_of_batch_size(counted: Sequence[int], expected: int) -> None:
     numbers = " or ".join(map(str, counted[:3]))
     tell(
         f"{numbers} examples are counted in each of the last steps, but the settings "
-        f"are made for {expected}: the learning rate is off. If {expected} is right, "
+        f"are made for {expected}: not what is meant. If {expected} is right, "
         f"pass batch_size={expected} to SIRFShampoo, or a callable that counts the "
         "model's inputs (time-major ones have the batch on their second axis); else "
         f"tell the recipe batch_size={counted[0]}."

@@ -16,7 +16,16 @@ PAGES = [
     *sorted(p for p in ROOT.glob("docs/**/*.md") if "_build" not in p.parts),
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
-MADE = (".venv/", "build/", "dist/", "docs/gallery/", "gallery/", "out/", "site/")
+MADE = (
+    ".venv/",
+    "_build/",
+    "build/",
+    "dist/",
+    "docs/gallery/",
+    "gallery/",
+    "out/",
+    "site/",
+)
 """What commands make: it need not be there."""
 
 SUFFIXES = (".cff", ".json", ".md", ".png", ".py", ".toml", ".txt")
@@ -69,7 +78,8 @@ DRAWN = re.compile(r".*results/.*\.png")
 def _missing_links(prose: str, folder: Path) -> Missing:
     for link in LINK.finditer(prose):
         drawn = DRAWN.fullmatch(link[1]) and not (ROOT / ".git").exists()
-        if ":" not in link[1] and not drawn and not _exists(link[1], folder):
+        made = drawn or link[1].startswith(MADE)
+        if ":" not in link[1] and not made and not _exists(link[1], folder):
             yield link.start(1), f"path {link[1]}"
 
 
