@@ -206,8 +206,7 @@ class SIRFShampoo(UnitOptimizer):
             momentum_first: Whether the momentum averages gradients, which are then
                 pre-conditioned, and not pre-conditioned gradients: V ← alpha1 · V + G,
                 W ← W − lr · (U(V) + kappa · W). The newest factors then serve all that
-                is in the momentum; the weight decay is that of AdamW. Not for
-                parameters that are sharded where pre-conditioners are, too.
+                is in the momentum; the weight decay is that of AdamW.
             nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V. The newest gradient counts at once.

@@ -13,6 +13,7 @@ from sirfshampoo._distributed.shards import (
     shard_rows,
     whole,
     whole_rows,
+    whole_stack,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "shard_rows",
     "whole",
     "whole_rows",
+    "whole_stack",
 ]

@@ -254,10 +254,6 @@ def fsdp(
     expected = deepcopy(model)
     twin = alone(expected, make)
     shard(model, meshes()[mesh])
-    if owned and OPTIONS[options].get("momentum_first"):
-        with pytest.raises(ValueError, match=r"momentum_first.*must be False"):
-            make(model, shard_preconditioners=owned)
-        return
     optimizer = make(model, shard_preconditioners=owned)
     together(model, optimizer)
     assert_equal_parameters(model, expected)
@@ -308,26 +304,26 @@ def built_on_meta(before: bool) -> None:
     assert_equal_parameters(model, expected)
 
 
-def gradients_placed_otherwise() -> None:
+def gradients_placed_otherwise(momentum_first: bool, owned: bool) -> None:
     """Gradients that are yet to be summed, or cut, where parameters are whole."""
     mesh = init_device_mesh("cpu", (2,))
     W, G = torch.eye(4).double(), torch.arange(16.0).double().view(4, 4) / 16
     half = G[2 * dist.get_rank() :][:2]
     share = (0.25, 0.75)[dist.get_rank()] * G
-    for momentum_first in (False, True):
-        make = partial(SIRFShampoo, **FAST, batch_size=8, momentum_first=momentum_first)
-        expected = nn.Parameter(W.clone())
-        twin = make([expected], process_group=False)
+    options = {**FAST, "batch_size": 8, "momentum_first": momentum_first, "T": 2}
+    make = partial(SIRFShampoo, **options)
+    expected = nn.Parameter(W.clone())
+    twin = make([expected], process_group=False)
+    for _ in range(3):
+        expected.grad = G.clone()
+        twin.step()
+    for shard_of_G, how in ((share, Partial()), (half, Shard(0))):
+        p = nn.Parameter(distribute_tensor(W.clone(), mesh, [Replicate()]))
+        optimizer = make([p], shard_preconditioners=owned)
         for _ in range(3):
-            expected.grad = G.clone()
-            twin.step()
-        for shard_of_G, how in ((share, Partial()), (half, Shard(0))):
-            p = nn.Parameter(distribute_tensor(W.clone(), mesh, [Replicate()]))
-            optimizer = make([p])
-            for _ in range(3):
-                p.grad = DTensor.from_local(shard_of_G.clone(), mesh, [how])
-                optimizer.step()
-            assert (whole(p) - expected).abs().max() < 1e-10
+            p.grad = DTensor.from_local(shard_of_G.clone(), mesh, [how])
+            optimizer.step()
+        assert (whole(p) - expected).abs().max() < 1e-10
 
 
 def strided_shards() -> None:
@@ -623,9 +619,9 @@ def resumed_from_one(way: str, owned: bool, folder: str) -> None:
 
 
 # --- what goes wrong ------------------------------------------------------------------
-def non_finite(way: str, owned: bool) -> None:
+def non_finite(options: str, way: str, owned: bool) -> None:
     """A unit whose gradient is not finite rests, with all of its state."""
-    model, make = make_model(), maker("joined, T=2")
+    model, make = make_model(), maker(options)
     expected = deepcopy(model)
     twin = make(expected, process_group=False)
     model = wrapped(way, model)
@@ -786,17 +782,21 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def costs(way: str, owned: bool, workload: str = "odd") -> dict[str, list[int]]:
+def costs(
+    way: str, owned: bool, workload: str = "odd", momentum_first: bool = False
+) -> dict[str, list[int]]:
     """Return bytes, operations and traffic of this rank: measured, and predicted."""
     odd = gpt(layers=3, width=12, vocabulary=21, context=7)
     shapes = odd if workload == "odd" else WORKLOADS[workload]()
     model = Tensors(list(shapes.values()), torch.float32)
     options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
+    options["momentum_first"] = momentum_first
     planned = SIRFShampoo(model, **options)
     units, groups = planned._engine.units, planned.param_groups
     world, rank = dist.get_world_size(), dist.get_rank()
     sharded = way == "fsdp"
-    expected = scale.predict(units, groups, world, sharded=sharded, owned=owned)[rank]
+    how = {"sharded": sharded, "owned": owned, "gathered": 1 + momentum_first}
+    expected = scale.predict(units, groups, world, **how)[rank]
     flops = 0
     for unit in with_owners(units, groups, [], world):
         # torch counts matrix products only
