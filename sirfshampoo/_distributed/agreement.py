@@ -73,6 +73,25 @@ class Ranks:
         """Return what a pickle holds: groups cannot travel, so it means all ranks."""
         return {"_group": False if self._group is False else None, "_partners": []}
 
+    def sharing(self, group: Any) -> Any:
+        """Return the ranks that share pre-conditioners.
+
+        Args:
+            group: What the user gave; True means these ranks.
+
+        Raises:
+            ValueError: If these are none, or on a mesh of several dimensions.
+        """
+        if group is not True or self._group is None:
+            return group
+        if self._group is False or len(groups_of(self._group)) > 1:
+            raise ValueError(
+                "Argument 'shard_preconditioners' must name the ranks, a process group "
+                "or a DeviceMesh of one dimension, where 'process_group' is False or a "
+                f"mesh of several dimensions, got True with {self._group!r}."
+            )
+        return self._group
+
     def depend(self, params: Iterable[Tensor], owners: Exchange | None) -> None:
         """Take note of which ranks this one needs in a step.
 

@@ -84,7 +84,8 @@ class Regions:
         if sum(r.shape.numel() for r in regions if r.sends) != p.numel():
             raise ValueError(
                 "Argument 'shard_preconditioners' must name ranks that together hold "
-                f"all parameters, got {self._ranks} for one on {p.device_mesh}."
+                f"all parameters, got {self._ranks} for one on {p.device_mesh}: pass "
+                "the mesh, or its group, on which they are sharded."
             )
         self._known[key] = regions
         return regions

@@ -222,6 +222,31 @@ def assert_shared(optimizer: SIRFShampoo, twin: SIRFShampoo, owned: bool) -> Non
         assert 0 < held.sum() < len(held)
 
 
+def two_trainings() -> None:
+    """Two pairs of ranks, each with a training of its own: True means the pair."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    draw = torch.Generator().manual_seed(rank // 2)
+    words = torch.randint(9, (STEPS, 6, 3), generator=draw)
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = DistributedDataParallel(model, process_group=pairs[rank // 2])
+    optimizer = make(model, shard_preconditioners=True)
+    assert optimizer._engine.owners.exchange.size == 2
+    own = slice(0, 3) if rank % 2 == 0 else slice(3, 6)
+    for x in words:
+        for net, made, part in ((expected, twin, x), (model, optimizer, x[own])):
+            made.zero_grad()
+            (net(part) - 1).square().mean().backward()
+            made.step()
+            assert made.batch_size == 6
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-10
+    with pytest.raises(ValueError, match=r"shard_preconditioners' must name the ranks"):
+        make(model, process_group=False, shard_preconditioners=True)
+
+
 # --- fully_shard ----------------------------------------------------------------------
 def meshes() -> dict[str, Any]:
     """Return the meshes that there are for this number of ranks."""

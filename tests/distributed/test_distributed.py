@@ -188,6 +188,10 @@ def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None
     four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
 
 
+def test_two_trainings_on_two_pairs_of_ranks(four: Ranks) -> None:
+    four.run(cases.two_trainings)
+
+
 @pytest.mark.heavy
 def test_strided_shards(four: Ranks) -> None:
     four.run(cases.strided_shards)
