@@ -43,7 +43,7 @@ class Exchange:
         self.group = _only_group(group)
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
-        self._regions = Regions(dist.get_process_group_ranks(self.group))
+        self._regions = Regions(self.group)
         self._mesh: DeviceMesh | None = None
 
     def check(self, params: Iterable[Tensor]) -> None:

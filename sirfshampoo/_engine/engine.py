@@ -222,7 +222,8 @@ class Engine:
         if self.owners is not None:
             self.owners.check_caller(self.units)
         flags = [has for unit in self.units for has in unit.gradients_present()]
-        everywhere, total = self.ranks.agree(flags, counted)
+        params = (p for unit in self.units for p in unit.params)
+        everywhere, total = self.ranks.agree(flags, counted, params)
         if everywhere and not any(everywhere) and not self._told_of_rest:
             self._told_of_rest = True  # once is enough
             warn_of_rest()
