@@ -87,6 +87,7 @@ def predict(
     *,
     sharded: bool,
     owned: bool,
+    gathered: int = 1,
 ) -> list[Costs]:
     """Return what falls on each rank.
 
@@ -97,6 +98,9 @@ def predict(
         sharded: Whether parameters are sharded along their first axes (FSDP2), or
             whole on every rank (DDP).
         owned: Whether each pre-conditioner lies on one rank alone.
+        gathered: How many tensors of each sharded parameter become whole: the gradient;
+            where momenta come first, they, and the gradient in steps that update
+            factors.
     """
     if owned:
         units = with_owners(units, groups, [], ranks)
@@ -117,7 +121,7 @@ def predict(
                 costs.work += work_of(unit, group)
     for rank, costs in enumerate(every):
         costs.received = sum(
-            _received(unit, p, rank, ranks, sharded=sharded)
+            _received(unit, p, rank, ranks, gathered if sharded else 0)
             for unit in units
             for p in unit.params
         )
@@ -131,15 +135,15 @@ def _shard(p: Tensor, rank: int, ranks: int) -> int:
     return max(min(chunk, rows - rank * chunk), 0) * (p.numel() // rows)
 
 
-def _received(unit: Unit, p: Tensor, rank: int, ranks: int, *, sharded: bool) -> int:
+def _received(unit: Unit, p: Tensor, rank: int, ranks: int, gathered: int) -> int:
     """Return the bytes that reach a rank for a parameter."""
-    if not sharded:  # as it has become, from its owner
+    if not gathered:  # as it has become, from its owner
         numbers = p.numel() * (unit.owner not in (None, rank))
     elif unit.owner is None:  # gathered, with shards of the size of the first
-        numbers = (ranks - 1) * _shard(p, 0, ranks)
+        numbers = gathered * (ranks - 1) * _shard(p, 0, ranks)
     else:  # gradients to the owner, updates from it
         own = _shard(p, rank, ranks)
-        numbers = p.numel() - own if unit.owner == rank else own
+        numbers = gathered * (p.numel() - own) if unit.owner == rank else own
     return numbers * p.element_size()
 
 

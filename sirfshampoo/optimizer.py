@@ -181,9 +181,10 @@ class SIRFShampoo(UnitOptimizer):
                 else all ranks.
             shard_preconditioners: Whether each pre-conditioner lies on one rank alone,
                 which pre-conditions for all; they are balanced by counted operations.
-                True, or the ranks to share them: a process group or a mesh of one
-                dimension, each with the same gradients or shards of them. All ranks
-                must call `state_dict`, `load_state_dict` and `diagnostics` then.
+                True (those of `process_group`), or the ranks to share them: a process
+                group or a mesh of one dimension, each with the same gradients or shards
+                of them. All of them must call `state_dict`, `load_state_dict` and
+                `diagnostics` then.
             initial_factors: Where factors start: at ``'identity'``; or at
                 ``'gradient'``, that is at (B · mean(G²) + lam)^(−1/(2N)) · I of the
                 gradient G, with N axes. The first gradient updates factors whatever `T`
@@ -204,8 +205,7 @@ class SIRFShampoo(UnitOptimizer):
             momentum_first: Whether the momentum averages gradients, which are then
                 pre-conditioned, and not pre-conditioned gradients: V ← alpha1 · V + G,
                 W ← W − lr · (U(V) + kappa · W). The newest factors then serve all that
-                is in the momentum; the weight decay is that of AdamW. Not for
-                parameters that are sharded where pre-conditioners are, too.
+                is in the momentum; the weight decay is that of AdamW.
             nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V. The newest gradient counts at once.
@@ -281,10 +281,9 @@ class SIRFShampoo(UnitOptimizer):
 
         self.debug = False
         self._cycled: list[float | None] = []  # momenta that schedulers wrote last
-        owners = None
+        ranks, owners = Ranks(process_group, module), None
         if shard_preconditioners is not False and is_initialized():
-            owners = Owners(shard_preconditioners)
-        ranks = Ranks(process_group, module)
+            owners = Owners(ranks.sharing(shard_preconditioners))
         super().__init__(
             params,
             defaults,

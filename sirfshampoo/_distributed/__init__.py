@@ -14,6 +14,7 @@ from sirfshampoo._distributed.shards import (
     sum_over_shards,
     whole,
     whole_rows,
+    whole_stack,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "sum_over_shards",
     "whole",
     "whole_rows",
+    "whole_stack",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from sirfshampoo._distributed.groups import (
     reduced,
     refuse_zero,
 )
+from sirfshampoo._distributed.roles import data_groups, digest
 from sirfshampoo._distributed.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -63,7 +65,12 @@ class Ranks:
         if group is None and isinstance(model, DistributedDataParallel):
             group = model.process_group
         self._group = group
+        self._model = None if model is None else ref(model)
         self._partners: list[ProcessGroup | DeviceMesh] = []
+        # where nobody named a group: what the parameters tell (None: all ranks),
+        # whether they are to be compared for it, and whether they do not tell
+        self._read: list[ProcessGroup] | None = None
+        self._is_checked = self._is_unclear = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Return this: a copy of an optimizer is on the same ranks."""
@@ -71,7 +78,27 @@ class Ranks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle holds: groups cannot travel, so it means all ranks."""
-        return {"_group": False if self._group is False else None, "_partners": []}
+        group = False if self._group is False else None
+        return {**vars(Ranks(group, None)), "_is_checked": self._is_checked}
+
+    def sharing(self, group: Any) -> Any:
+        """Return the ranks that share pre-conditioners.
+
+        Args:
+            group: What the user gave; True means these ranks.
+
+        Raises:
+            ValueError: If these are none, or on a mesh of several dimensions.
+        """
+        if group is not True or self._group is None:
+            return group
+        if self._group is False or len(groups_of(self._group)) > 1:
+            raise ValueError(
+                "Argument 'shard_preconditioners' must name the ranks, a process group "
+                "or a DeviceMesh of one dimension, where 'process_group' is False or a "
+                f"mesh of several dimensions, got True with {self._group!r}."
+            )
+        return self._group
 
     def depend(self, params: Iterable[Tensor], owners: Exchange | None) -> None:
         """Take note of which ranks this one needs in a step.
@@ -80,14 +107,21 @@ class Ranks:
             params: The parameters, each on all ranks of its mesh.
             owners: Between whom pre-conditioners are shared, if they are.
         """
-        meshes: dict[Any, None] = {p.device_mesh: None for p in params if is_dtensor(p)}
+        shards = [p for p in params if is_dtensor(p)]
+        meshes: dict[Any, None] = {p.device_mesh: None for p in shards}
         self._partners = [*meshes, *([] if owners is None else [owners.group])]
+        if self._group is None and is_initialized():
+            model = None if self._model is None else self._model()
+            self._read = data_groups(shards, model) if shards else None
+            if shards:
+                self._is_checked, self._is_unclear = True, self._read is None
 
     def _data_groups(self) -> list[ProcessGroup]:
         """Return the groups over which, one after the other, examples are summed."""
         if self._group is False or not is_initialized():
             return []
-        groups = groups_of(dist.group.WORLD if self._group is None else self._group)
+        found = dist.group.WORLD if self._group is None else self._group
+        groups = groups_of(found) if self._read is None else self._read
         return [group for group in groups if dist.get_world_size(group) > 1]
 
     def _other_groups(self, data: Sequence[ProcessGroup]) -> list[ProcessGroup]:
@@ -99,16 +133,49 @@ class Ranks:
         groups = [part for group in others for part in groups_of(group)]
         return [group for group in groups if dist.get_world_size(group) > 1]
 
-    def agree(self, present: list[bool], count: int | None) -> tuple[list[bool], int]:
+    def _check(self, params: Iterable[Tensor]) -> None:
+        """Check that it is known which ranks see other examples.
+
+        Raises:
+            ValueError: If they hold different parameters, or those do not tell.
+        """
+        if self._group is not None or not is_initialized():
+            return
+        if not self._is_checked:  # once: whole parameters are equal where DDP trains
+            self._is_checked = True
+            number = digest(params)
+            with awaiting("a digest of the parameters"):
+                most, least = reduced(
+                    [number, -number], groups_of(dist.group.WORLD), dist.ReduceOp.MAX
+                )
+            self._is_unclear = most != -least
+        if self._is_unclear:
+            raise ValueError(
+                "Argument 'process_group' must name the ranks that see different "
+                "examples, where ranks hold different parameters and neither "
+                "DistributedDataParallel nor FSDP2 tells, got None. It is False if "
+                "this rank sees all examples of its parameters; or pass 'batch_size' "
+                "as an integer, that of all ranks."
+            )
+
+    def agree(
+        self, present: list[bool], count: int | None, params: Iterable[Tensor]
+    ) -> tuple[list[bool], int]:
         """Return what all ranks know alike.
 
         Args:
             present: Whether each unit has gradients on this rank.
             count: The number of examples on this rank; None if it is known anyway.
+            params: The parameters.
 
         Returns:
             Whether each unit has gradients on all ranks, and the sum of the examples.
+
+        Raises:
+            ValueError: If examples are counted, and it is not known on which ranks.
         """
+        if count is not None:
+            self._check(params)
         data = self._data_groups()
         if count is None and not self._partners:
             data = []  # nobody depends on anybody

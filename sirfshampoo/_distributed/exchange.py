@@ -16,7 +16,7 @@ from sirfshampoo._distributed.groups import (
     is_mesh,
 )
 from sirfshampoo._distributed.regions import Regions
-from sirfshampoo._distributed.shards import is_dtensor, local, local_like
+from sirfshampoo._distributed.shards import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,7 +43,7 @@ class Exchange:
         self.group = _only_group(group)
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
-        self._regions = Regions(dist.get_process_group_ranks(self.group))
+        self._regions = Regions(self.group)
         self._mesh: DeviceMesh | None = None
 
     def check(self, params: Iterable[Tensor]) -> None:
@@ -59,40 +59,41 @@ class Exchange:
     # ----------------------------------------------------------------- of parameters
 
     def to_owners(
-        self, wanted: Sequence[tuple[int, Sequence[Tensor]]]
+        self, wanted: Sequence[tuple[int, Tensor, Tensor]]
     ) -> Callable[[], list[Tensor]]:
-        """Bring the shards of gradients to owners.
+        """Bring shards of tensors to owners.
 
         Args:
-            wanted: Owners, each with sharded parameters of equal shape.
+            wanted: Owners, each with a sharded parameter, and tensors that are sharded
+                as it is, what of them lies here: ``[rows, *local shape]``.
 
         Returns:
-            What waits for whole gradients, ``[rows, *shape]``, of what this rank owns.
+            What waits for whole tensors, ``[rows, *shape]``, of what this rank owns.
         """
         send: list[list[Tensor]] = [[] for _ in range(self.size)]
         expect: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(self.size)]
-        for owner, params in wanted:
-            for p in params:
-                regions = self._regions.of(p)  # type: ignore[arg-type]
-                if regions[self.rank].sends:
-                    send[owner].append(local_like(p.grad, p).to(p.dtype))  # type: ignore[arg-type]
-                if owner == self.rank:
-                    for rank, region in enumerate(regions):
-                        if region.sends:
-                            expect[rank].append((region.shape, p))
-        arrive = self._all_to_all(send, expect, _dtypes(wanted), "gradients")
+        for owner, like, shards in wanted:
+            regions = self._regions.of(like)  # type: ignore[arg-type]
+            if regions[self.rank].sends:
+                send[owner].append(shards)
+            if owner == self.rank:
+                for rank, region in enumerate(regions):
+                    if region.sends:
+                        shape = torch.Size((len(shards), *region.shape))
+                        expect[rank].append((shape, shards))
+        dtypes = _dtypes((owner, [shards]) for owner, _, shards in wanted)
+        arrive = self._all_to_all(send, expect, dtypes, "gradients")
 
         def wait() -> list[Tensor]:
             pieces = [iter(of_rank) for of_rank in arrive()]
             wholes = []
-            for params in (params for owner, params in wanted if owner == self.rank):
-                first = local(params[0])
-                G = first.new_empty(len(params), *params[0].shape)
-                for row, p in enumerate(params):
-                    for rank, region in enumerate(self._regions.of(p)):  # type: ignore[arg-type]
+            for owner, like, shards in wanted:
+                if owner == self.rank:
+                    G = shards.new_empty(len(shards), *like.shape)
+                    for rank, region in enumerate(self._regions.of(like)):  # type: ignore[arg-type]
                         if region.sends:
-                            G[row][region.slices].copy_(next(pieces[rank]))
-                wholes.append(G)
+                            G[:, *region.slices] = next(pieces[rank])
+                    wholes.append(G)
             return wholes
 
         return wait

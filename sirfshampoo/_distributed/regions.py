@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
+from sirfshampoo._distributed.groups import awaiting, reduced
 from sirfshampoo._distributed.shards import placement
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 
@@ -29,16 +32,18 @@ class Region:
     sends: bool
 
 
-def _parts(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _parts(tensor: DTensor, coordinate: Sequence[int]) -> list[tuple[int, int]]:
     """Return start and length, a axis, of the shard at a place in the mesh."""
-    parts = [(0, size) for size in tensor.shape]
-    for each, ranks, index in zip(
-        tensor.placements, tensor.device_mesh.mesh.shape, coordinate, strict=True
-    ):
+    parts, cuts = [(0, size) for size in tensor.shape], [1] * tensor.ndim
+    shape = tensor.device_mesh.mesh.shape
+    axes = list(zip(tensor.placements, shape, coordinate, strict=True))
+    # a strided shard is part of what those to its right leave
+    axes.sort(key=lambda axis: hasattr(axis[0], "split_factor"))
+    for each, ranks, index in axes:
         if each.is_replicate():
             continue
         dim = getattr(each, "dim", None)
-        if dim is None or type(each).__name__ != "Shard":
+        if dim is None or getattr(each, "split_factor", cuts[dim]) != cuts[dim]:
             raise ValueError(
                 "Argument 'shard_preconditioners' must be False for parameters that "
                 f"are neither sharded nor replicated, got the placement {each!r}."
@@ -47,44 +52,60 @@ def _parts(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, int],
         chunk = -(-size // ranks)
         first = min(index * chunk, size)
         parts[dim] = start + first, min(chunk, size - first)
-    return tuple(parts)
+        cuts[dim] *= ranks
+    return parts
 
 
 class Regions:
     """The parts of tensors that the ranks of a group have; found once a placement."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        """Know nothing at first.
-
-        Args:
-            ranks: The global ranks of the group.
-        """
-        self._ranks = ranks
+    def __init__(self, group: ProcessGroup) -> None:
+        """Know nothing at first."""
+        self._group = group
         self._known: dict[Any, list[Region]] = {}
 
     def of(self, p: DTensor) -> list[Region]:
         """Return the part of a tensor that each rank has.
 
+        The first time, the ranks tell each other: what lies on a part of a mesh, as
+        what FSDP2 alone shards beside tensor parallelism, has another mesh elsewhere.
+
         Raises:
             ValueError: If these ranks do not hold all of it.
         """
         key = placement(p), p.shape
-        if key in self._known:
-            return self._known[key]
-        mesh, seen = p.device_mesh.mesh, set()
-        regions = []
-        for rank in self._ranks:
-            places = (mesh == rank).nonzero().tolist()
-            parts = _parts(p, places[0]) if places else tuple((0, 0) for _ in p.shape)
-            shape = torch.Size(size for _, size in parts)
-            slices = tuple(slice(start, start + size) for start, size in parts)
-            sends = shape.numel() > 0 and bool(places) and parts not in seen
-            seen.add(parts)
+        if key not in self._known:
+            self._known[key] = self._ask(p)
+        return self._known[key]
+
+    def _ask(self, p: DTensor) -> list[Region]:
+        """Gather the parts of all ranks."""
+        here = p.device_mesh.get_coordinate()
+        own = _parts(p, here) if here is not None else [(0, 0) for _ in p.shape]
+        rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        told = [[0] * (2 * p.ndim) for _ in range(size)]
+        told[rank] = [number for part in own for number in part]
+        with awaiting("where shards lie"):
+            flat = reduced(
+                [number for numbers in told for number in numbers],
+                [self._group],
+                dist.ReduceOp.SUM,
+            )
+        regions: list[Region] = []
+        seen = set()
+        for rank in range(size):
+            parts = flat[2 * p.ndim * rank :][: 2 * p.ndim]
+            starts, sizes = parts[::2], parts[1::2]
+            shape = torch.Size(sizes)
+            slices = tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+            sends = shape.numel() > 0 and tuple(parts) not in seen
+            seen.add(tuple(parts))
             regions.append(Region(slices, shape, sends))
         if sum(r.shape.numel() for r in regions if r.sends) != p.numel():
+            ranks = dist.get_process_group_ranks(self._group)
             raise ValueError(
                 "Argument 'shard_preconditioners' must name ranks that together hold "
-                f"all parameters, got {self._ranks} for one on {p.device_mesh}."
+                f"all parameters, got {ranks} for one on {p.device_mesh}: pass the "
+                "mesh, or its group, on which they are sharded."
             )
-        self._known[key] = regions
         return regions

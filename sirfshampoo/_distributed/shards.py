@@ -95,15 +95,24 @@ def whole_rows(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     Returns:
         The stack ``[rows, *shape]`` on every rank.
     """
-    if not is_dtensor(like):
-        stacked = [local(t) for t in tensors]
-        return stacked[0].unsqueeze(0) if len(stacked) == 1 else torch.stack(stacked)
-    mesh, shape = like.device_mesh, (len(tensors), *like.shape)
     shards = [local_like(t, like) for t in tensors]
     rows = shards[0].unsqueeze(0) if len(shards) == 1 else torch.stack(shards)
+    return whole_stack(rows, like)
+
+
+def whole_stack(rows: Tensor, like: Tensor) -> Tensor:
+    """Return whole tensors, ``[rows, *shape]``, on every rank.
+
+    Args:
+        rows: What of them lies here, ``[rows, *local shape]``.
+        like: A tensor ``[*shape]``: how they are distributed, if they are.
+    """
+    if not is_dtensor(like):
+        return rows
+    shape = len(rows), *like.shape
     stack = like.from_local(
         rows,
-        mesh,
+        like.device_mesh,
         _behind_rows(like.placements),
         run_check=False,
         shape=torch.Size(shape),

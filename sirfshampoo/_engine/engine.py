@@ -77,27 +77,18 @@ class Engine:
         """Return whether this rank holds the factors of a unit."""
         return self.owners is None or unit.owner == self.owners.rank
 
-    def with_owners(
-        self, units: list[Unit], groups: Sequence[Group], names: Sequence[str]
-    ) -> list[Unit]:
+    def with_owners(self, units: list[Unit], groups: Sequence[Group]) -> list[Unit]:
         """Return new units with owners, if ranks share pre-conditioners.
 
         Args:
             units: The units.
             groups: The parameter groups of all units.
-            names: The names of their parameters.
 
         Raises:
             ValueError: If they cannot be shared.
         """
         if self.owners is None:
             return units
-        distributed = any(is_dtensor(p) for unit in units for p in unit.params)
-        if self.variant.momentum_first and distributed:
-            raise ValueError(
-                "Argument 'momentum_first' must be False where parameters and "
-                f"pre-conditioners are sharded, got True for {list(names)}."
-            )
         return self.owners.assign(units, groups, self.units)
 
     def follow(self, groups: Sequence[Group], state: dict[Tensor, State]) -> list[Unit]:
@@ -231,7 +222,8 @@ class Engine:
         if self.owners is not None:
             self.owners.check_caller(self.units)
         flags = [has for unit in self.units for has in unit.gradients_present()]
-        everywhere, total = self.ranks.agree(flags, counted)
+        params = (p for unit in self.units for p in unit.params)
+        everywhere, total = self.ranks.agree(flags, counted, params)
         if everywhere and not any(everywhere) and not self._told_of_rest:
             self._told_of_rest = True  # once is enough
             warn_of_rest()

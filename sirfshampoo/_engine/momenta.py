@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sirfshampoo._distributed import (
-    distributed_like,
     is_dtensor,
     local,
-    shard_rows,
-    whole_rows,
+    local_like,
+    whole_stack,
 )
-from sirfshampoo._engine.joint import whole_zeros
+from sirfshampoo._engine.joint import stacked
 from sirfshampoo._engine.units import Unit
-from sirfshampoo._method.descent import accumulate
 
 #: What the state calls a momentum: of pre-conditioned gradients, as torch's optimizers
 #: do; and of gradients, which is another thing in another size.
@@ -44,34 +42,33 @@ def zero_momenta(units: Sequence[Unit], *, held: bool) -> list[Tensor]:
     return momenta
 
 
-def add_gradients(
-    V: Sequence[Tensor],
-    units: Sequence[Unit],
-    G: Sequence[Tensor],
-    *,
-    absent: Collection[int],
-    alpha1: float,
-    moves: Tensor | None,
-) -> None:
-    """Update momenta of gradients in place: V ← alpha1 · V + G.
+def shards_of_gradients(units: Sequence[Unit], j: int) -> Tensor:
+    """Return the j-th gradients of units, what of them lies here, ``[rows, *shape]``.
+
+    Ranks communicate if a gradient is distributed otherwise than its parameter, as one
+    that is yet to be summed.
+    """
+    pairs = [(unit.params[j].grad, unit.params[j]) for unit in units]
+    return stacked([local_like(G, p).to(p.dtype) for G, p in pairs])  # type: ignore[arg-type]
+
+
+def ahead(V: Tensor, G: Tensor, *, alpha1: float, nesterov: bool) -> Tensor:
+    """Return what is pre-conditioned where momenta come first; V stays as it is.
 
     Args:
-        V: The momenta, ``[rows, *local shape]`` each.
-        units: The units of these rows.
-        G: The whole gradients of each of a unit's parameters, ``[rows, *shape]``.
-        absent: The positions of parameters without gradient, whose momenta rest.
+        V: The momentum of a parameter of the rows, ``[rows, *shape]``.
+        G: Its gradients, ``[rows, *shape]``.
         alpha1: Momentum.
-        moves: Which rows move; None: all.
+        nesterov: Whether to look ahead along the new momentum.
+
+    Returns:
+        alpha1 · V + G; or, ahead of it, G + alpha1 · (alpha1 · V + G).
     """
-    for j, (V_j, G_j) in enumerate(zip(V, G, strict=True)):
-        if j not in absent:
-            shards = shard_rows(G_j, units[0].params[j])
-            accumulate(V_j, shards, alpha1=alpha1, moves=moves)
+    new = torch.add(G, V, alpha=alpha1)
+    return new.mul_(alpha1).add_(G) if nesterov else new
 
 
-def whole_momenta(
-    V: Sequence[Tensor], units: Sequence[Unit], absent: Collection[int] = ()
-) -> list[Tensor]:
+def whole_momenta(V: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
     """Return whole momenta of each of a unit's parameters, ``[rows, *shape]``.
 
     Nothing of what lies on another rank. Ranks communicate if parameters are
@@ -80,15 +77,6 @@ def whole_momenta(
     Args:
         V: The momenta, ``[rows, *local shape]`` each; none if there are none.
         units: The units of these rows.
-        absent: The positions of parameters without gradient: zeros in their place.
     """
-    wholes = []
-    for j, (V_j, p) in enumerate(zip(V, units[0].params, strict=False)):
-        if len(V_j) and j in absent:
-            wholes.append(whole_zeros(len(V_j), p))
-        elif len(V_j) and is_dtensor(p):
-            shards = [distributed_like(v, p) for v in V_j.unbind(0)]
-            wholes.append(whole_rows(shards, p))
-        elif len(V_j):
-            wholes.append(V_j)
-    return wholes
+    pairs = zip(V, units[0].params, strict=False)
+    return [whole_stack(V_j, p) for V_j, p in pairs if len(V_j)]

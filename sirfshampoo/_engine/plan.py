@@ -13,6 +13,7 @@ from sirfshampoo._config.variant import Variant
 from sirfshampoo._engine.costs import interval_of
 from sirfshampoo._engine.joint import stacked
 from sirfshampoo._engine.kept import Preparation
+from sirfshampoo._engine.momenta import ahead
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.structures import StructuredMatrix
@@ -87,6 +88,16 @@ class Task:
     def V(self) -> list[Tensor]:
         """The momentum of each of a unit's parameters; none if there are none."""
         return [V_j[self.rows] for V_j in self.stack.V or []]
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether momenta average gradients, which are then pre-conditioned."""
+        return self.settings.variant.momentum_first and self.stack.V is not None
+
+    def ahead(self, j: int, G: Tensor) -> Tensor:
+        """Return what is pre-conditioned of the j-th parameters, where they lie."""
+        how = self.settings.variant.nesterov
+        return ahead(self.V[j], G, alpha1=self.settings.alpha1, nesterov=how)
 
     def rate(self, device: torch.device) -> float | Tensor:
         """Return the learning rate, or those of the rows, ``[rows]``."""

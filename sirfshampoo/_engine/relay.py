@@ -9,7 +9,8 @@ from itertools import zip_longest
 from torch import Tensor
 
 from sirfshampoo._distributed import Exchange, is_dtensor
-from sirfshampoo._engine.joint import joined, stacked, whole_zeros
+from sirfshampoo._engine.joint import joined, whole_zeros
+from sirfshampoo._engine.momenta import shards_of_gradients
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.step import descend_rows
@@ -54,18 +55,19 @@ class Relay:
         if finish is not None:
             finish()
 
-    def gather(self, task: Task) -> Tensor:
-        """Return the gradients of a task."""
-        units = task.units
-        wholes: list[Tensor] = []
+    def gather(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Return what factors learn from, and what they pre-condition."""
+        units, of_params = task.units, []
         for j, first in enumerate(units[0].params):
             if j in task.settings.absent:
-                wholes.append(whole_zeros(len(units), first))
+                found = [whole_zeros(len(units), first)]
             elif is_dtensor(first):
-                wholes.append(next(self._gradients))
+                found = [next(self._gradients) for _ in range(_kinds(task))]
             else:
-                wholes.append(stacked([unit.params[j].grad for unit in units]))  # type: ignore[misc]
-        return joined(units, wholes)
+                found = _wanted(task, j)
+            of_params.append((found[0], found[-1]))
+        learned, ahead_of = zip(*of_params, strict=True)
+        return joined(units, learned), joined(units, ahead_of)
 
     def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
         """Have whole parameters descend; keep what is for shards until it is sent."""
@@ -81,7 +83,15 @@ class Relay:
 
     def _send_gradients(self, tasks: Sequence[Task]) -> Callable[[], list[Tensor]]:
         """Bring shards of gradients together; return what waits for those it owns."""
-        return self._exchange.to_owners(_sharded(tasks))
+        # on every rank, whatever it has to send: the ranks may communicate for it
+        return self._exchange.to_owners(
+            [
+                (task.stack.owner, params[0], shards)
+                for task in tasks
+                for j, params in _params(task, distributed=True)
+                for shards in _wanted(task, j)
+            ]
+        )
 
     def _send_results(self, tasks: Sequence[Task]) -> Callable[[], None]:
         """Send what was computed to all ranks; return what waits and takes it over."""
@@ -111,6 +121,23 @@ def _params(task: Task, *, distributed: bool) -> Iterator[tuple[int, list[Tensor
     for j, first in enumerate(task.units[0].params):
         if is_dtensor(first) == distributed and j not in task.settings.absent:
             yield j, [unit.params[j] for unit in task.units]
+
+
+def _kinds(task: Task) -> int:
+    """Return how many tensors an owner wants of each parameter."""
+    return 2 if task.averages_gradients and task.settings.due else 1
+
+
+def _wanted(task: Task, j: int) -> list[Tensor]:
+    """Return what an owner wants of the j-th parameters, what of it lies here.
+
+    The gradients, if it learns from them, then what it pre-conditions, if that is
+    another.
+    """
+    G = shards_of_gradients(task.units, j)
+    if not task.averages_gradients:
+        return [G]
+    return [G, task.ahead(j, G)][-_kinds(task) :]
 
 
 def _sharded(tasks: Iterable[Task]) -> list[tuple[int, list[Tensor]]]:

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import local, shard_rows, sum_over_shards
-from sirfshampoo._engine.joint import joined, joint_gradients, scattered
+from sirfshampoo._distributed import local, shard_rows, sum_over_shards, whole_stack
+from sirfshampoo._engine.joint import joined, joint_gradients, scattered, whole_zeros
 from sirfshampoo._engine.kept import Preparation
-from sirfshampoo._engine.momenta import add_gradients, whole_momenta
+from sirfshampoo._engine.momenta import shards_of_gradients
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit, is_matrix
 from sirfshampoo._method import elementwise
 from sirfshampoo._method.descent import (
+    accumulate,
     descend,
     limit_update,
     normalize_update,
@@ -40,8 +40,12 @@ class Route(Protocol):
     def in_turn(self, tasks: Sequence[Task]) -> Iterable[Task]:
         """Yield the tasks of this rank."""
 
-    def gather(self, task: Task) -> Tensor:
-        """Return the gradients of a task, whole and joined, ``[rows, *dims]``."""
+    def gather(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Return what factors learn from, and what they pre-condition.
+
+        Both are whole and joined, ``[rows, *dims]``: the gradients; and these or, where
+        momenta come first, those. The gradients only where factors are to be updated.
+        """
 
     def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
         """Have parameters descend, wherever they lie.
@@ -72,14 +76,11 @@ def take_steps(
     """
     for task in route.in_turn(tasks):
         settings, variant = task.settings, task.settings.variant
-        G = route.gather(task)
+        G, ahead_of = route.gather(task)
         moves: Tensor | None = None  # which rows do; None: all
         if settings.due:
             moves = _update_factors(task, G, batch_size, workspace)
-        if variant.momentum_first and task.stack.V is not None:
-            moves = _and_finite(moves, G)
-            G = _average_gradients(task, G, moves)
-        U = precondition_rows(task.stack, task.rows, G, task.preparation)
+        U = precondition_rows(task.stack, task.rows, ahead_of, task.preparation)
         moves = _and_finite(moves, U)
         if moves is not None:
             task.skipped.add_(~moves)
@@ -115,18 +116,6 @@ def _update_factors(
         clamp=variant.clamp,
         learns=learns,
     )
-
-
-def _average_gradients(task: Task, G: Tensor, moves: Tensor | None) -> Tensor:
-    """Update the momentum of a task's gradients; return what is pre-conditioned."""
-    units, V = task.units, task.V
-    alpha1, absent = task.settings.alpha1, task.settings.absent
-    pieces = scattered(units, G)
-    add_gradients(V, units, pieces, absent=absent, alpha1=alpha1, moves=moves)
-    average = joined(units, whole_momenta(V, units, absent))
-    if task.settings.variant.nesterov:
-        return torch.add(G, average, alpha=alpha1)
-    return average
 
 
 def precondition_rows(
@@ -189,6 +178,13 @@ def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
     V = None
     if task.stack.V is not None and not variant.momentum_first:
         V = task.stack.V[j][task.rows]
+    if task.averages_gradients:
+        accumulate(
+            task.V[j],
+            shards_of_gradients(task.units, j),
+            alpha1=settings.alpha1,
+            moves=moves,
+        )
     lr = task.rate(U.device)
     W = [local(unit.params[j]) for unit in task.units]
     U = limit_rows(task.units, j, U, W, lr=lr, limit=variant.max_relative_update)
@@ -215,9 +211,23 @@ class Everywhere:
         """Return all tasks."""
         return tasks
 
-    def gather(self, task: Task) -> Tensor:
-        """Return the gradients of a task."""
-        return joint_gradients(task.units, task.settings.absent)
+    def gather(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Return what factors learn from, and what they pre-condition."""
+        units, absent = task.units, task.settings.absent
+        if not task.averages_gradients:
+            G = joint_gradients(units, absent)
+            return G, G
+        learned, ahead_of = [], []
+        for j, like in enumerate(units[0].params):
+            if j in absent:
+                G = V = whole_zeros(len(units), like)
+            else:
+                shards = shards_of_gradients(units, j)
+                V = whole_stack(task.ahead(j, shards), like)
+                G = whole_stack(shards, like) if task.settings.due else V
+            learned.append(G)
+            ahead_of.append(V)
+        return joined(units, learned), joined(units, ahead_of)
 
     def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
         """Have the parameters on this rank descend."""

@@ -34,6 +34,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -225,6 +226,31 @@ def assert_shared(optimizer: SIRFShampoo, twin: SIRFShampoo, owned: bool) -> Non
         assert 0 < held.sum() < len(held)
 
 
+def two_trainings() -> None:
+    """Two pairs of ranks, each with a training of its own: True means the pair."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    draw = torch.Generator().manual_seed(rank // 2)
+    words = torch.randint(9, (STEPS, 6, 3), generator=draw)
+    model, make = make_model(), maker("joined, T=2")
+    expected = deepcopy(model)
+    twin = make(expected, process_group=False)
+    model = DistributedDataParallel(model, process_group=pairs[rank // 2])
+    optimizer = make(model, shard_preconditioners=True)
+    assert optimizer._engine.owners.exchange.size == 2
+    own = slice(0, 3) if rank % 2 == 0 else slice(3, 6)
+    for x in words:
+        for net, made, part in ((expected, twin, x), (model, optimizer, x[own])):
+            made.zero_grad()
+            (net(part) - 1).square().mean().backward()
+            made.step()
+            assert made.batch_size == 6
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-10
+    with pytest.raises(ValueError, match=r"shard_preconditioners' must name the ranks"):
+        make(model, process_group=False, shard_preconditioners=True)
+
+
 # --- fully_shard ----------------------------------------------------------------------
 def meshes() -> dict[str, Any]:
     """Return the meshes that there are for this number of ranks."""
@@ -257,10 +283,6 @@ def fsdp(
     expected = deepcopy(model)
     twin = alone(expected, make)
     shard(model, meshes()[mesh])
-    if owned and OPTIONS[options].get("momentum_first"):
-        with pytest.raises(ValueError, match=r"momentum_first.*must be False"):
-            make(model, shard_preconditioners=owned)
-        return
     optimizer = make(model, shard_preconditioners=owned)
     together(model, optimizer)
     assert_equal_parameters(model, expected)
@@ -311,26 +333,26 @@ def built_on_meta(before: bool) -> None:
     assert_equal_parameters(model, expected)
 
 
-def gradients_placed_otherwise() -> None:
+def gradients_placed_otherwise(momentum_first: bool, owned: bool) -> None:
     """Gradients that are yet to be summed, or cut, where parameters are whole."""
     mesh = init_device_mesh("cpu", (2,))
     W, G = torch.eye(4).double(), torch.arange(16.0).double().view(4, 4) / 16
     half = G[2 * dist.get_rank() :][:2]
     share = (0.25, 0.75)[dist.get_rank()] * G
-    for momentum_first in (False, True):
-        make = partial(SIRFShampoo, **FAST, batch_size=8, momentum_first=momentum_first)
-        expected = nn.Parameter(W.clone())
-        twin = make([expected], process_group=False)
+    options = {**FAST, "batch_size": 8, "momentum_first": momentum_first, "T": 2}
+    make = partial(SIRFShampoo, **options)
+    expected = nn.Parameter(W.clone())
+    twin = make([expected], process_group=False)
+    for _ in range(3):
+        expected.grad = G.clone()
+        twin.step()
+    for shard_of_G, how in ((share, Partial()), (half, Shard(0))):
+        p = nn.Parameter(distribute_tensor(W.clone(), mesh, [Replicate()]))
+        optimizer = make([p], shard_preconditioners=owned)
         for _ in range(3):
-            expected.grad = G.clone()
-            twin.step()
-        for shard_of_G, how in ((share, Partial()), (half, Shard(0))):
-            p = nn.Parameter(distribute_tensor(W.clone(), mesh, [Replicate()]))
-            optimizer = make([p])
-            for _ in range(3):
-                p.grad = DTensor.from_local(shard_of_G.clone(), mesh, [how])
-                optimizer.step()
-            assert (whole(p) - expected).abs().max() < 1e-10
+            p.grad = DTensor.from_local(shard_of_G.clone(), mesh, [how])
+            optimizer.step()
+        assert (whole(p) - expected).abs().max() < 1e-10
 
 
 def strided_shards() -> None:
@@ -359,6 +381,91 @@ def strided_shards() -> None:
             assert made.batch_size == 6
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         assert (whole(p) - q).abs().max() < 1e-10
+
+
+class Narrow(nn.Module):
+    """Layers for tensor and for sequence parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.wide = nn.Linear(6, 8)
+        self.narrow = nn.Linear(8, 6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read sequences ``[batch, 4, 6]``."""
+        x = self.narrow(self.wide(self.norm(self.enter(x))).tanh())
+        return 1.0 * self.last(x)  # FSDP2 warns of a view
+
+
+WAYS_ON_MESHES = ("tp", "sp", "tp and fsdp", "hsdp")
+
+
+def parallel(model: nn.Module, way: str) -> tuple[nn.Module, slice]:
+    """Make a model one of many ranks; return it, and which of 12 examples it sees."""
+    world, sequence = dist.get_world_size(), way == "sp"
+    if way in ("tp", "sp"):
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
+    else:
+        names = ("data", "tensor") if "tp" in way else ("replicate", "shard")
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
+    if way == "hsdp":
+        rank = dist.get_rank()
+        own = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        return fully_shard(model, mesh=mesh), own
+    within = Shard(1) if sequence else Replicate()
+    plan = {
+        "enter": RowwiseParallel(input_layouts=Replicate(), output_layouts=within),
+        "wide": ColwiseParallel(input_layouts=within),
+        "narrow": RowwiseParallel(),
+        **({"norm": SequenceParallel()} if sequence else {}),
+    }
+    parallelize_module(model, mesh["tensor"], plan)
+    if way != "tp and fsdp":
+        return model, slice(None)
+    half = mesh.get_local_rank("data")
+    return fully_shard(model, mesh=mesh["data"]), slice(6 * half, 6 * half + 6)
+
+
+def on_meshes(way: str, options: str, owned: bool) -> None:
+    """Examples that several ranks see count once, as parameters tell; equal to one."""
+    torch.manual_seed(1)
+    model, make = Narrow().double(), maker(options)
+    expected = deepcopy(model)
+    start = deepcopy(model)
+    model, own = parallel(model, way)
+    twin = make(expected, process_group=False)
+    optimizer = make(model, shard_preconditioners=owned)
+    draw = torch.Generator().manual_seed(2)
+    for _ in range(STEPS):
+        x = torch.randn(12, 4, 6, generator=draw, dtype=torch.float64)
+        for net, made, part in ((expected, twin, slice(None)), (model, optimizer, own)):
+            made.zero_grad()
+            out = net(x[part])
+            (out - 1).square().mean().backward()
+            made.step()
+            assert made.batch_size == 12
+    for p, q, r in zip(
+        *(n.parameters() for n in (model, expected, start)), strict=True
+    ):
+        assert (q - r).abs().max() > 1e-3
+        assert (whole(p) - q).abs().max() < 1e-10
+
+
+def pipeline() -> None:
+    """Stages of equal shapes: which ranks see other examples cannot be known."""
+    torch.manual_seed(dist.get_rank())
+    stage = nn.Linear(4, 4).double()
+    optimizer = SIRFShampoo(stage)
+    stage(torch.randn(3, 4).double()).sum().backward()
+    with pytest.raises(ValueError, match=r"process_group' must name the ranks"):
+        optimizer.step()
+    optimizer = SIRFShampoo(stage, process_group=False)
+    stage(torch.randn(3, 4).double()).sum().backward()
+    optimizer.step()
+    assert optimizer.batch_size == 3
 
 
 # --- training loops -------------------------------------------------------------------
@@ -625,9 +732,9 @@ def resumed_from_one(way: str, owned: bool, folder: str) -> None:
 
 
 # --- what goes wrong ------------------------------------------------------------------
-def non_finite(way: str, owned: bool) -> None:
+def non_finite(options: str, way: str, owned: bool) -> None:
     """A unit whose gradient is not finite rests, with all of its state."""
-    model, make = make_model(), maker("joined, T=2")
+    model, make = make_model(), maker(options)
     expected = deepcopy(model)
     twin = make(expected, process_group=False)
     model = wrapped(way, model)
@@ -788,17 +895,21 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def costs(way: str, owned: bool, workload: str = "odd") -> dict[str, list[int]]:
+def costs(
+    way: str, owned: bool, workload: str = "odd", momentum_first: bool = False
+) -> dict[str, list[int]]:
     """Return bytes, operations and traffic of this rank: measured, and predicted."""
     odd = gpt(layers=3, width=12, vocabulary=21, context=7)
     shapes = odd if workload == "odd" else WORKLOADS[workload]()
     model = Tensors(list(shapes.values()), torch.float32)
     options = {"structures": {1: "diagonal", 2: "dense"}, "batch_size": 1}
+    options["momentum_first"] = momentum_first
     planned = SIRFShampoo(model, **options)
     units, groups = planned._engine.units, planned.param_groups
     world, rank = dist.get_world_size(), dist.get_rank()
     sharded = way == "fsdp"
-    expected = scale.predict(units, groups, world, sharded=sharded, owned=owned)[rank]
+    how = {"sharded": sharded, "owned": owned, "gathered": 1 + momentum_first}
+    expected = scale.predict(units, groups, world, **how)[rank]
     flops = 0
     for unit in with_owners(units, groups, [], world):
         # torch counts matrix products only

@@ -93,8 +93,11 @@ def test_gradient_missing_on_one_rank(two: Ranks, way: str, owned: bool) -> None
 
 @WAYS
 @OWNED
-def test_gradient_that_is_not_finite(two: Ranks, way: str, owned: bool) -> None:
-    two.run(cases.non_finite, way=way, owned=owned)
+@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
+def test_gradient_that_is_not_finite(
+    two: Ranks, options: str, way: str, owned: bool
+) -> None:
+    two.run(cases.non_finite, options=options, way=way, owned=owned)
 
 
 @OWNED
@@ -113,11 +116,17 @@ def test_memory_and_work_are_balanced(two: Ranks, four: Ranks, layers: int) -> N
 @WAYS
 @OWNED
 @pytest.mark.parametrize("number", ["one", "two", "four"])
+@pytest.mark.parametrize("momentum_first", [False, True])
 def test_costs_are_those_predicted(
-    request: pytest.FixtureRequest, number: str, way: str, owned: bool
+    request: pytest.FixtureRequest,
+    number: str,
+    way: str,
+    owned: bool,
+    momentum_first: bool,
 ) -> None:
     ranks = request.getfixturevalue(number)
-    for found in ranks.run(cases.costs, way=way, owned=owned):
+    how = {"way": way, "owned": owned, "momentum_first": momentum_first}
+    for found in ranks.run(cases.costs, **how):
         for measured, predicted in found.values():
             assert measured == predicted
         communicates = ranks.world > 1 and (owned or way == "fsdp")
@@ -147,11 +156,21 @@ def test_model_built_on_meta(two: Ranks, before: bool) -> None:
     two.run(cases.built_on_meta, before=before)
 
 
+@OWNED
+@pytest.mark.parametrize("momentum_first", [False, True])
+def test_gradients_placed_otherwise(
+    two: Ranks, momentum_first: bool, owned: bool
+) -> None:
+    two.run(
+        cases.gradients_placed_otherwise, momentum_first=momentum_first, owned=owned
+    )
+
+
 @pytest.mark.parametrize(
     "case",
     [
         cases.plain_and_distributed,
-        cases.gradients_placed_otherwise,
+        cases.pipeline,
         cases.own_training,
         cases.copies,
         cases.zero_redundancy,
@@ -168,6 +187,28 @@ def test_case(two: Ranks, case: Callable[[], None]) -> None:
 @pytest.mark.parametrize("options", ["T=3", "joined"])
 def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None:
     four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
+
+
+@OWNED
+@pytest.mark.parametrize("options", ["T=3", "momentum first"])
+@pytest.mark.parametrize("way", ["tp", "sp"])
+def test_examples_that_several_ranks_see_count_once(
+    two: Ranks, way: str, options: str, owned: bool
+) -> None:
+    two.run(cases.on_meshes, way=way, options=options, owned=owned)
+
+
+@OWNED
+@pytest.mark.parametrize("options", ["T=3", "momentum first"])
+@pytest.mark.parametrize("way", cases.WAYS_ON_MESHES)
+def test_examples_that_some_of_four_ranks_see_count_once(
+    four: Ranks, way: str, options: str, owned: bool
+) -> None:
+    four.run(cases.on_meshes, way=way, options=options, owned=owned)
+
+
+def test_two_trainings_on_two_pairs_of_ranks(four: Ranks) -> None:
+    four.run(cases.two_trainings)
 
 
 @pytest.mark.heavy

@@ -10,7 +10,7 @@ from tests.distributed.test_distributed import OWNED, one, two  # noqa: F401 - f
 
 
 @OWNED
-@pytest.mark.parametrize("options", ["joined, T=2"])
+@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
 @pytest.mark.parametrize("way", ["ddp", "SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_accelerate(
     two: Ranks,  # noqa: F811
