@@ -158,7 +158,9 @@ def sum_over_shards(shares: Tensor, like: Tensor) -> Tensor:
         return shares
     from torch.distributed.tensor import Partial, Replicate
 
-    placements = [Partial() if p.is_shard() else Replicate() for p in like.placements]
+    placements = [
+        Replicate() if p.is_replicate() else Partial() for p in like.placements
+    ]
     sums = like.from_local(shares, like.device_mesh, placements, run_check=False)
     with awaiting("sums over shards"):
         return sums.full_tensor()

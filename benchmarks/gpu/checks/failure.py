@@ -24,9 +24,14 @@ def tell(error: Exception) -> str:
         parts.append(f"in `{inner.line}`")
     if (node := _node(frames)) is not None:
         parts.append(f"on node {node}")
-    ours = [p for p in places if Path(p.filename).is_relative_to(ROOT)][-OURS:]
+    ours = [p for p in places if _is_ours(Path(p.filename))][-OURS:]
     lines = (f"{Path(p.filename).name}:{p.lineno} `{p.line}`" for p in reversed(ours))
     return f"{' '.join(parts)}, from {', '.join(lines)}: {error}"[:LENGTH]
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file is of this project, and not of what is installed in it."""
+    return path.is_relative_to(ROOT) and "site-packages" not in path.parts
 
 
 def _node(frames: list[FrameType]) -> str | None:
