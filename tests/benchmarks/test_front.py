@@ -13,7 +13,6 @@ def test_the_table_has_at_most_eight_lines_and_the_cost_of_the_recipes_step() ->
     assert all(len(line) == len(grid.header) for line in grid.lines)
     (line,) = [line for line in grid.lines if line[0] == "SIRFShampoo, the recipe"]
     cells = dict(zip(grid.header, line, strict=True))
-    assert cells["step, CPU"].endswith(" ×")
     assert cells["step, GPU"].endswith(" ×")
     (unit,) = [line for line in grid.lines if line[0] == "AdamW"]
     cells = dict(zip(grid.header, unit, strict=True))
