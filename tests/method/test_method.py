@@ -255,6 +255,7 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:No parameter of the optimizer has a gradient")
 @pytest.mark.parametrize("momentum_first", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("T", [1, 3])

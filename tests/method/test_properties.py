@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from sirfshampoo import SIRFShampoo
 from tests.cases import STRUCTURES, Tensors, at_powers_of_two
+
+# What is drawn has steps without any gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:No parameter of the optimizer has")
 
 Shape = tuple[int, ...]
 
