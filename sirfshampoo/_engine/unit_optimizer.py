@@ -125,6 +125,7 @@ class UnitOptimizer(Optimizer):
                 identify=lambda rule: self._model.identify(rule, given["params"]),
                 start=len(self._engine.units),
                 variant=self._engine.variant,
+                embeddings=self._model.embeddings(),
             )
         finally:
             self.param_groups = before
