@@ -16,8 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -729,6 +731,69 @@ def resumed_from_one(way: str, owned: bool, folder: str) -> None:
     plain.load_state_dict(of_model)
     optimizer.load_state_dict(of_optimizer)
     resumed_equally(model, optimizer, "T=3")
+
+
+def loaded_by_a_pair(way: str) -> None:
+    """One pair of ranks of four loads into what it owns; the other does not wait."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("run", "pair"))["pair"]
+    groups = {"process_group": mesh, "shard_preconditioners": mesh}
+
+    def build(**options: Any) -> tuple[nn.Module, SIRFShampoo]:
+        model = make_model()
+        if way == "fsdp":
+            shard(model, mesh)
+        else:
+            model = DistributedDataParallel(model, process_group=mesh.get_group())
+        return model, SIRFShampoo(model, **{**FAST, **options}, **groups)
+
+    recent, older = (build(exponent=0.75) for _ in range(2))
+    different, _ = build(), dist.barrier()
+    if dist.get_rank() < 2:
+        x, y = batches(1)[0]
+        for model, optimizer in (recent, older):
+            mean_loss(model, x, y, 2).backward()
+            optimizer.step()
+        mean_loss(recent[0], x, y, 2).backward()
+        recent[1].step()
+        saved = recent[1].state_dict()
+        older[1].load_state_dict(saved)
+        twins = zip(recent[1].preconditioner, older[1].preconditioner, strict=True)
+        held = [(K, L) for fs, gs in twins for K, L in zip(fs, gs, strict=True)]
+        assert held
+        assert all(torch.equal(K.to_dense(), L.to_dense()) for K, L in held)
+        with pytest.raises(ValueError, match=r"factors for the exponent 1\.0"):
+            different[1].load_state_dict(saved)
+    dist.barrier()
+
+
+def other_settings(kind: str, folder: str) -> None:
+    """What torch.distributed.checkpoint has read does not fit: told by name."""
+
+    def build(**options: Any) -> tuple[nn.Module, SIRFShampoo]:
+        model = shard(make_model(), meshes()["1-d"])
+        return model, SIRFShampoo(model, **{**FAST, "structures": "dense", **options})
+
+    model, optimizer = build(exponent=0.75)
+    together(model, optimizer, steps=2)
+    how = StateDictOptions(**KINDS[kind])
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    dcp.save(saved, checkpoint_id=folder)
+    for options, told in (
+        ({}, r"factors for the exponent 1\.0 in group 0"),
+        (
+            {"structures": "diagonal"},
+            r"structures \('diagonal', 'diagonal'\) in group 0",
+        ),
+    ):
+        model, optimizer = build(**options)
+        found = get_optimizer_state_dict(model, optimizer, options=how)
+        if options:  # torch looks before we can
+            with pytest.raises(CheckpointException, match=r"Missing key.*K0\.diag"):
+                dcp.load(found, checkpoint_id=folder)
+        planner = DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(found, checkpoint_id=folder, planner=planner)
+        with pytest.raises(ValueError, match=told):
+            set_optimizer_state_dict(model, optimizer, found, options=how)
 
 
 # --- what goes wrong ------------------------------------------------------------------

@@ -293,6 +293,18 @@ def test_a_file_of_one_rank_has_what_all_own(
     one.run(cases.resumed_from_one, way="alone", owned=False, folder=str(tmp_path))
 
 
+@WAYS
+def test_a_pair_of_owners_loads_without_the_others(four: Ranks, way: str) -> None:
+    four.run(cases.loaded_by_a_pair, way=way)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "flattened"])
+def test_a_checkpoint_of_other_settings_is_refused(
+    two: Ranks, tmp_path: Path, kind: str
+) -> None:
+    two.run(cases.other_settings, kind=kind, folder=str(tmp_path))
+
+
 @pytest.mark.heavy
 @OWNED
 @pytest.mark.parametrize("kind", ["sharded", "full"])
