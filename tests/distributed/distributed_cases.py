@@ -52,6 +52,7 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
 )
+from sirfshampoo._distributed import Exchange
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import cost_of
 from tests.cases import FAST, STRUCTURES, Tensors, mixture
@@ -866,6 +867,53 @@ def one_fails(where: str, how: str, pipe: Any) -> str:
             assert step == 2
             return str(error)
     return "Nothing."
+
+
+def one_skips(way: str, owned: bool, pipe: Any) -> str:
+    """Train until the last rank leaves a step out; return what the others are told."""
+    model = wrapped(way, make_model())
+    optimizer = maker("dense")(model, shard_preconditioners=owned)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        mean_loss(model, share(x), share(y)).backward()
+        if last and step == 2:
+            continue
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert step == 2
+            return str(error)
+    return "Nothing."
+
+
+def without_anything_in_hand() -> None:
+    """A rank that neither sends nor gets takes part where the parameters are."""
+    mesh = init_device_mesh("cpu", (2,))
+    exchange = Exchange(mesh)
+    rows = 1 - dist.get_rank()  # the second rank has an empty shard
+    p = DTensor.from_local(
+        torch.empty(rows, 4, device="meta"),
+        mesh,
+        [Shard(0)],
+        shape=(1, 4),
+        stride=(4, 1),
+    )
+    seen: list[torch.device] = []
+
+    def take_note(*buffers: Any, **_: Any) -> None:
+        seen.extend(t.device for t in buffers if isinstance(t, Tensor))
+
+    exchange.check([p])
+    send = dist.all_to_all_single
+    dist.all_to_all_single = take_note
+    try:
+        exchange.to_owners([(0, p, p.to_local().unsqueeze(0))])
+        results = [torch.empty(1, 1, 4, device="meta")][dist.get_rank() :]
+        exchange.from_owners([(0, [p])], results)
+    finally:
+        dist.all_to_all_single = send
+    assert seen == [torch.device("meta")] * 4
 
 
 # --- the example ----------------------------------------------------------------------

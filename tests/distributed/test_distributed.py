@@ -151,6 +151,17 @@ def test_a_rank_that_fails_ends_the_others(
     assert seconds < 60
 
 
+@OWNED
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.heavy)])
+def test_a_rank_that_leaves_a_step_out_is_told_of(
+    tmp_path: Path, way: str, owned: bool
+) -> None:
+    case = partial(cases.one_skips, way, owned)
+    (told,), seconds = until_one_fails(case, 2, 4.0, 60.0, tmp_path)
+    assert "awaited batch size and missing gradients" in told
+    assert seconds < 60
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_model_built_on_meta(two: Ranks, before: bool) -> None:
     two.run(cases.built_on_meta, before=before)
@@ -173,6 +184,7 @@ def test_gradients_placed_otherwise(
         cases.pipeline,
         cases.own_training,
         cases.copies,
+        cases.without_anything_in_hand,
         cases.zero_redundancy,
         cases.pickles_of_shared,
     ],
