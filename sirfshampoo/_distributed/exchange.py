@@ -42,15 +42,15 @@ class Exchange:
         self._regions = Regions(self.group)
         self._mesh: DeviceMesh | None = None
 
-    def check(self, params: Iterable[Tensor]) -> None:
-        """Check that these ranks together hold the parameters.
+    def check(self, params: Iterable[tuple[str, Tensor]]) -> None:
+        """Check that these ranks together hold the parameters, given with their names.
 
         Raises:
             ValueError: If they do not.
         """
-        for p in params:
+        for name, p in params:
             if is_dtensor(p):
-                self._regions.of(p)
+                self._regions.of(p, name)
 
     # ----------------------------------------------------------------- of parameters
 

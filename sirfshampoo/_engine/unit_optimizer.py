@@ -127,7 +127,8 @@ class UnitOptimizer(Optimizer):
                 self._model.forget()
         if self._engine.variant.spread_updates and callable(given["T"]):
             warn_of_callable_interval(names)
-        units = self._engine.with_owners(units, [*before, *groups])
+        named = dict(zip(map(id, given["params"]), names, strict=True))
+        units = self._engine.with_owners(units, [*before, *groups], named)
         if self._is_set_up:  # else the constructor does it once for all
             every = [*self._engine.units, *units]
             self._check_memory(every, [*before, *groups])

@@ -358,12 +358,26 @@ def gradients_placed_otherwise(momentum_first: bool, owned: bool) -> None:
         assert (whole(p) - expected).abs().max() < 1e-10
 
 
-def strided_shards() -> None:
+def shards_that_cannot_be_owned() -> None:
+    """They are refused when the optimizer is built, by name."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Linear(4, 4, bias=False)
+    summed = DTensor.from_local(model.weight.detach(), mesh, [Partial()])
+    model.weight = nn.Parameter(summed)
+    with pytest.raises(ValueError, match=r"must be False.*Partial.* of weight\."):
+        SIRFShampoo(model, batch_size=1, shard_preconditioners=True)
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh)
+    with pytest.raises(ValueError, match=r"together hold.*for weight on .*pass the m"):
+        SIRFShampoo(model, batch_size=1, shard_preconditioners=alone)
+
+
+def strided_shards(owned: bool, width: int) -> None:
     """Tensor parallelism within sharded data parallelism, on the same axis."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh())
-    model = model.double()
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
+    model = model.append(nn.Tanh()).double()
     expected = deepcopy(model)
     x, y = torch.randn(6, 5).double(), torch.randn(6, 3).double()
     options = {**FAST, "structures": "dense"}
@@ -371,6 +385,7 @@ def strided_shards() -> None:
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     parallelize_module(model, mesh["tensor"], plan)
     fully_shard(model, mesh=mesh["data"])
+    options["shard_preconditioners"] = owned and dist.group.WORLD
     optimizer = SIRFShampoo(model, **options, process_group=mesh["data"])
     rows = slice(0, 4) if mesh.get_coordinate()[0] == 0 else slice(4, 6)
     for _ in range(STEPS):
@@ -904,7 +919,7 @@ def without_anything_in_hand() -> None:
     def take_note(*buffers: Any, **_: Any) -> None:
         seen.extend(t.device for t in buffers if isinstance(t, Tensor))
 
-    exchange.check([p])
+    exchange.check([("p", p)])
     send = dist.all_to_all_single
     dist.all_to_all_single = take_note
     try:

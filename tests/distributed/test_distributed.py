@@ -187,6 +187,7 @@ def test_gradients_placed_otherwise(
         cases.without_anything_in_hand,
         cases.zero_redundancy,
         cases.pickles_of_shared,
+        cases.shards_that_cannot_be_owned,
     ],
 )
 def test_case(two: Ranks, case: Callable[[], None]) -> None:
@@ -224,8 +225,10 @@ def test_two_trainings_on_two_pairs_of_ranks(four: Ranks) -> None:
 
 
 @pytest.mark.heavy
-def test_strided_shards(four: Ranks) -> None:
-    four.run(cases.strided_shards)
+@OWNED
+@pytest.mark.parametrize("width", [7, 8])
+def test_strided_shards(four: Ranks, owned: bool, width: int) -> None:
+    four.run(cases.strided_shards, owned=owned, width=width)
 
 
 @pytest.mark.heavy
