@@ -39,6 +39,14 @@ def two() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def three() -> Iterator[Ranks]:
+    """Three ranks."""
+    ranks = Ranks(3)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
     """Four ranks."""
     ranks = Ranks(4)
@@ -200,24 +208,6 @@ def test_case(two: Ranks, case: Callable[[], None]) -> None:
 @pytest.mark.parametrize("options", ["T=3", "joined"])
 def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None:
     four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
-
-
-@OWNED
-@pytest.mark.parametrize("options", ["T=3", "momentum first"])
-@pytest.mark.parametrize("way", ["tp", "sp"])
-def test_examples_that_several_ranks_see_count_once(
-    two: Ranks, way: str, options: str, owned: bool
-) -> None:
-    two.run(cases.on_meshes, way=way, options=options, owned=owned)
-
-
-@OWNED
-@pytest.mark.parametrize("options", ["T=3", "momentum first"])
-@pytest.mark.parametrize("way", cases.WAYS_ON_MESHES)
-def test_examples_that_some_of_four_ranks_see_count_once(
-    four: Ranks, way: str, options: str, owned: bool
-) -> None:
-    four.run(cases.on_meshes, way=way, options=options, owned=owned)
 
 
 def test_two_trainings_on_two_pairs_of_ranks(four: Ranks) -> None:
