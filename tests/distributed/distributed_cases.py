@@ -55,6 +55,7 @@ from sirfshampoo._distributed import Exchange
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import cost_of
 from tests.cases import FAST, STRUCTURES, Tensors, mixture
+from tests.distributed.as_nccl import AsNccl
 
 STEPS = 10
 ROWS = 11
@@ -157,14 +158,16 @@ def together(
     before_step: Callable[[], Any] = lambda: None,
 ) -> None:
     """Train on this rank's share of the same batches."""
-    world = dist.get_world_size()
+    world, checker = dist.get_world_size(), AsNccl()
     for x, y in batches(steps)[start:]:
         optimizer.zero_grad()
         # gradients are averaged over the ranks
         mean_loss(model, share(x), share(y), world).backward()
         before_step()
-        optimizer.step()
+        with checker:
+            optimizer.step()
         assert optimizer.batch_size == ROWS
+    checker.compare()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -500,7 +503,10 @@ def missing_on_one_rank(way: str, owned: bool = False) -> None:
     if dist.get_rank() == 1:
         for name in ("norm.bias", "first.weight", "first.bias"):
             found[name if name in found else f"module.{name}"].grad = None
-    optimizer.step()
+    checker = AsNccl()
+    with checker:
+        optimizer.step()
+    checker.compare()
     for name, p in found.items():
         rests = name.removeprefix("module.").startswith(("norm.bias", "first."))
         assert torch.equal(whole(p), before[name]) == rests, name
@@ -747,7 +753,7 @@ def non_finite(options: str, way: str, owned: bool) -> None:
     expected = deepcopy(model)
     twin = make(expected, process_group=False)
     model = wrapped(way, model)
-    optimizer = make(model, shard_preconditioners=owned)
+    optimizer, checker = make(model, shard_preconditioners=owned), AsNccl()
     for step, (x, y) in enumerate(batches()):
         for net, made in ((expected, twin), (model, optimizer)):
             made.zero_grad()
@@ -762,7 +768,9 @@ def non_finite(options: str, way: str, owned: bool) -> None:
                 shards = sick.to_local() if isinstance(sick, DTensor) else sick
                 if net is expected or way == "ddp" or dist.get_rank() == 0:
                     shards[0, 0] = float("nan")
-            made.step()
+            with checker if made is optimizer else nullcontext():
+                made.step()
+    checker.compare()
     assert_equal_parameters(model, expected)
     entries = optimizer.state_dict()["state"]
     assert sum(int(e["skipped"]) for e in entries.values() if "skipped" in e) == 2

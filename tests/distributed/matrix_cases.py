@@ -1,5 +1,6 @@
 """What the matrix of tests runs on every rank: one case, in every way."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sirfshampoo import SIRFShampoo, recipe
 from tests.cases import FAST
+from tests.distributed.as_nccl import AsNccl
 from tests.distributed.distributed_cases import JOIN, STEPS, whole
 
 WAYS = ("ddp", "fsdp", "hsdp", "tp", "sp", "tp and fsdp", "sp and fsdp")
@@ -104,6 +106,7 @@ def equals_one_process(way: str, settings: str, owned: bool) -> float:
     twin = SIRFShampoo(expected, **options, process_group=False)
     model, own, averaged = parallel(model, way)
     optimizer = SIRFShampoo(model, **options, shard_preconditioners=owned)
+    checker = AsNccl()
     draw = torch.Generator().manual_seed(2)
     for _ in range(STEPS):
         x = torch.randn(EXAMPLES, 12, 6, generator=draw, dtype=torch.float64)
@@ -114,8 +117,10 @@ def equals_one_process(way: str, settings: str, owned: bool) -> float:
             made.zero_grad()
             out = net(x[part])
             (weight * (out - 1).square().sum() / (EXAMPLES * 12 * 2)).backward()
-            made.step()
+            with checker if made is optimizer else nullcontext():
+                made.step()
             assert made.batch_size == EXAMPLES
+    checker.compare()
     largest = 0.0
     for p, q, r in zip(
         *(net.parameters() for net in (model, expected, start)), strict=True
