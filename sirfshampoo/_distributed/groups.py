@@ -51,6 +51,25 @@ def refuse_zero() -> None:
         )
 
 
+def refuse_join(model: Any) -> None:
+    """Refuse to agree where some ranks take fewer steps, in torch's ``Join``.
+
+    Args:
+        model: The model; one wrapped in ``DistributedDataParallel`` knows of it.
+
+    Raises:
+        RuntimeError: If it is there.
+    """
+    if getattr(getattr(model, "_join_config", None), "enable", False):
+        raise RuntimeError(
+            "SIRFShampoo cannot count examples, nor share pre-conditioners, where "
+            "torch's Join lets ranks take different numbers of steps: what is agreed "
+            "on in each step would be awaited from ranks that have ended. Give all "
+            "ranks as many batches (DistributedSampler does); or pass 'batch_size' as "
+            "an integer, with shard_preconditioners=False."
+        )
+
+
 def refuse_trainer() -> None:
     """Refuse to own pre-conditioners of whole parameters in transformers' ``Trainer``.
 

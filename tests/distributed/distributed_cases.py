@@ -925,6 +925,40 @@ def zero_redundancy() -> None:
         ZeroRedundancyOptimizer(model.parameters(), SIRFShampoo, batch_size=ROWS)
 
 
+def ranks_that_join() -> None:
+    """Torch's `Join` goes with an integer batch size; else it is refused by name."""
+    from torch.distributed.algorithms.join import Join
+
+    def train(**options: Any) -> nn.Module:
+        model = DistributedDataParallel(make_model())
+        optimizer = SIRFShampoo(model, **FAST, **options)
+        with Join([model]):
+            for x, y in batches(2 + dist.get_rank()):
+                optimizer.zero_grad()
+                mean_loss(model, share(x), share(y)).backward()
+                optimizer.step()
+        return model
+
+    model = train(batch_size=ROWS)
+    found = torch.cat([p.detach().flatten() for p in model.parameters()])
+    of_first = found.clone()
+    dist.broadcast(of_first, 0)
+    assert torch.equal(found, of_first)  # torch sends the model of who went furthest
+    assert all(
+        (p - q).abs().max() > 0
+        for p, q in zip(model.parameters(), make_model().parameters(), strict=True)
+    )
+    for options in ({}, {"batch_size": ROWS, "shard_preconditioners": True}):
+        model = DistributedDataParallel(make_model())
+        optimizer = SIRFShampoo(model, **FAST, **options)
+        Join([model])
+        mean_loss(model, *batches(1)[0]).backward()
+        with pytest.raises(
+            RuntimeError, match=r"Join lets ranks.*'batch_size' as an i"
+        ):
+            optimizer.step()
+
+
 def pickles_of_shared() -> None:
     """An optimizer that is one of several is not pickled without the others."""
     optimizer = SIRFShampoo(make_model(), shard_preconditioners=True)

@@ -195,6 +195,7 @@ def test_gradients_placed_otherwise(
         cases.without_anything_in_hand,
         cases.zero_redundancy,
         cases.pickles_of_shared,
+        cases.ranks_that_join,
         cases.shards_that_cannot_be_owned,
     ],
 )
