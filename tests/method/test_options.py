@@ -248,17 +248,27 @@ def test_factors_that_cannot_be_symmetric_are_refused(structure: str) -> None:
         SIRFShampoo(model, exponent=0.5, **arguments)
 
 
-def test_factors_of_another_exponent_are_not_loaded() -> None:
+@pytest.mark.parametrize("saved", [1.0, 0.75, 0.5])
+@pytest.mark.parametrize("loaded", [1.0, 0.75, 0.5])
+def test_factors_of_another_exponent_are_not_loaded(
+    saved: float, loaded: float
+) -> None:
     model = nn.Linear(4, 3)
-    whole = SIRFShampoo(model, batch_size=8, beta2=0.2)
+    first = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=saved)
     for seed in range(2):
         set_gradients(model, seed)
-        whole.step()
-    half = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=0.5)
-    before = half.state[model.weight]["K0.mat"].clone()
-    with pytest.raises(ValueError, match=r"symmetric factors for the exponent 0\.5"):
-        half.load_state_dict(whole.state_dict())
-    assert torch.equal(half.state[model.weight]["K0.mat"], before)
+        first.step()
+    other = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=loaded)
+    structures = [group["structures"] for group in other.param_groups]
+    before, learned = (o.state[model.weight]["K0.mat"].clone() for o in (other, first))
+    if saved == loaded:
+        other.load_state_dict(first.state_dict())
+        assert torch.equal(other.state[model.weight]["K0.mat"], learned)
+    else:
+        with pytest.raises(ValueError, match=rf"factors for the exponent {loaded}"):
+            other.load_state_dict(first.state_dict())
+        assert torch.equal(other.state[model.weight]["K0.mat"], before)
+    assert [group["structures"] for group in other.param_groups] == structures
 
 
 def test_cautious_decay_lets_weights_grow() -> None:
