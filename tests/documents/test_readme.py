@@ -98,7 +98,9 @@ def test_the_snippets_of_a_page_run(
 def test_each_script_for_a_framework_runs_alone(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "timm":
+        pytest.importorskip("timm", reason="timm wants a torchvision of torch's build")
     monkeypatch.chdir(tmp_path)
     snippet = snippets_of(FRAMEWORKS[name])[number]
-    assert "AdamW" in snippet if number % 2 else "recipe(" in snippet
+    assert "adamw" in snippet.lower() if number % 2 else "recipe(" in snippet
     exec(compile(snippet, f"{name} {number}", "exec"), {"__name__": name})
