@@ -3,15 +3,7 @@
 timm sorts parameters into groups with and without weight decay and constructs
 `cls(groups, **options)`: no model, but the recipe tells the batch size, too.
 `create_optimizer` below does what timm's `create_optimizer_v2` does; timm itself is not
-needed. There, register the class once, and ask for it by name:
-
-    from timm.optim import create_optimizer_v2
-    from timm.optim._optim_factory import OptimInfo, default_registry
-
-    default_registry.register(OptimInfo("sirfshampoo", SIRFShampoo, has_eps=False))
-    arguments = recipe(model, batch_size=32, steps=1000)
-    lr, kappa = arguments.pop("lr"), arguments.pop("kappa")
-    create_optimizer_v2(model, "sirfshampoo", lr=lr, weight_decay=kappa, **arguments)
+needed. How to register the class there is shown in `docs/frameworks/timm.md`.
 
     python examples/timm_style.py --help
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,9 @@ def check_module(model: Any) -> None:
     """Check a model that settings are made for."""
     if not isinstance(model, Module):
         raise ValueError(
-            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}."
+            f"Argument 'model' must be a torch.nn.Module, got {type(model).__name__}: "
+            "settings follow from its layers. Give the model itself here, also where "
+            "the optimizer is given parameters."
         )
     _check_initialized(model)
 
@@ -40,10 +42,16 @@ def _check_initialized(model: Module) -> None:
 
 def check_model(model: Any, params: Any) -> None:
     """Check the constructor's `model` and `params`."""
+    if isinstance(params, Mapping) or not isinstance(params, Iterable | None):
+        raise ValueError(
+            "Argument 'params' must hold parameters or groups of them, got "
+            f"{_shortened(params)}. Options are given by name: SIRFShampoo(model, "
+            "lr=0.01), or SIRFShampoo(model, **recipe(...))."
+        )
     if isinstance(model, Module):
         _check_initialized(model)
         return
-    if isinstance(model, Tensor) or not isinstance(model, Iterable):
+    if isinstance(model, Tensor | Mapping) or not isinstance(model, Iterable):
         raise ValueError(
             "Argument 'model' must be a torch.nn.Module, or parameters in its place, "
             f"got {type(model).__name__}."
@@ -54,6 +62,11 @@ def check_model(model: Any, params: Any) -> None:
             f"'model', got {type(params).__name__}. Pass the model itself as the first "
             "argument."
         )
+
+
+def _shortened(value: Any) -> str:
+    """Return what a message shows of a value, which may be long."""
+    return f"a {type(value).__name__}, {repr(value)[:40]}"
 
 
 def check_batch_size(batch_size: Any, model: Any) -> None:
@@ -67,8 +80,9 @@ def check_batch_size(batch_size: Any, model: Any) -> None:
     if callable(batch_size) and not isinstance(model, Module):
         raise ValueError(
             "Argument 'batch_size' must be an integer > 0 if parameters stand in the "
-            "place of 'model': there are no forward passes to count examples in. Got "
-            f"{batch_size!r}. Or pass the model itself as the first argument."
+            "place of 'model': there are no forward passes to count examples in. Pass "
+            "the number of examples in a step, or the model itself as the first "
+            "argument."
         )
     if callable(batch_size) and isinstance(model, ScriptModule):
         raise ValueError(

@@ -87,6 +87,20 @@ def test_the_snippets_of_a_page_run(
         SIRFShampoo(names["model"], **names["arguments"])
 
 
+def test_the_first_training_prints_what_the_page_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (snippet,) = snippets_of(PAGES["start"])
+    told = re.findall(
+        r"^    step +(\d+)  loss (\S+)$", PAGES["start"].read_text(), re.M
+    )
+    exec(compile(snippet, "start", "exec"), {})
+    printed = re.findall(r"step +(\d+)  loss (\S+)", capsys.readouterr().out)
+    assert [step for step, _ in told] == [step for step, _ in printed]
+    losses = [[float(loss) for _, loss in lines] for lines in (told, printed)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec:FutureWarning")
 # peft 0.21 asks transformers 5.23 by an old name.
@@ -98,7 +112,9 @@ def test_the_snippets_of_a_page_run(
 def test_each_script_for_a_framework_runs_alone(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "timm":
+        pytest.importorskip("timm", reason="timm wants a torchvision of torch's build")
     monkeypatch.chdir(tmp_path)
     snippet = snippets_of(FRAMEWORKS[name])[number]
-    assert "AdamW" in snippet if number % 2 else "recipe(" in snippet
+    assert "adamw" in snippet.lower() if number % 2 else "recipe(" in snippet
     exec(compile(snippet, f"{name} {number}", "exec"), {"__name__": name})

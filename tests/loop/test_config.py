@@ -218,6 +218,20 @@ def test_bad_model_is_refused(value: Any) -> None:
         SIRFShampoo(value)
 
 
+@pytest.mark.parametrize("value", [0.01, {"lr": 0.01}, 3])
+def test_options_in_the_place_of_parameters_are_told_how_to_be_given(
+    value: Any,
+) -> None:
+    with pytest.raises(ValueError, match=r"'params' .* \*\*recipe\(\.\.\.\)"):
+        SIRFShampoo(model(), value)
+
+
+def test_parameters_without_a_batch_size_are_told_both_ways_out() -> None:
+    with pytest.raises(ValueError, match=r"number of examples .* model itself") as told:
+        SIRFShampoo(model().parameters())
+    assert "function" not in str(told.value)  # the default, which nobody gave
+
+
 @pytest.mark.parametrize("name", ["momentum", "betas", "eps", "damping"])
 def test_option_of_another_optimizer_is_refused_not_ignored(name: str) -> None:
     net = model()
