@@ -195,6 +195,7 @@ def test_gradients_placed_otherwise(
         cases.own_training,
         cases.copies,
         cases.without_anything_in_hand,
+        cases.loaded_at_once,
         cases.zero_redundancy,
         cases.pickles_of_shared,
         cases.ranks_that_join,
