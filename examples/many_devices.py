@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # the few integers that ranks agree on before a step need not wait for the GPU
+    # what ranks tell each other of checkpoints goes between CPUs
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         train(args, device)

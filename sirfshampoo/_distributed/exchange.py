@@ -55,13 +55,14 @@ class Exchange:
     # ----------------------------------------------------------------- of parameters
 
     def to_owners(
-        self, wanted: Sequence[tuple[int, Tensor, Tensor]]
+        self, wanted: Sequence[tuple[int, Tensor, Tensor]], what: str = "gradients"
     ) -> Callable[[], list[Tensor]]:
         """Bring shards of tensors to owners.
 
         Args:
             wanted: Owners, each with a sharded parameter, and tensors that are sharded
                 as it is, what of them lies here: ``[rows, *local shape]``.
+            what: The name of what is sent.
 
         Returns:
             What waits for whole tensors, ``[rows, *shape]``, of what this rank owns.
@@ -78,7 +79,7 @@ class Exchange:
                         shape = torch.Size((len(shards), *region.shape))
                         expect[rank].append((shape, shards))
         kinds = _kinds(shards for _, _, shards in wanted)
-        arrive = self._all_to_all(send, expect, kinds, "gradients")
+        arrive = self._all_to_all(send, expect, kinds, what)
 
         def wait() -> list[Tensor]:
             pieces = [iter(of_rank) for of_rank in arrive()]

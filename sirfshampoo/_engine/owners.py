@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sirfshampoo._distributed import Exchange, is_dtensor, refuse_trainer, whole
+from sirfshampoo._distributed import Exchange, is_dtensor, local, refuse_trainer
 from sirfshampoo._engine.assignment import with_owners
 from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.stacks import Stack
@@ -91,23 +91,30 @@ class Owners:
                 yield p, key, tensor
 
     def collect(
-        self, unit: Unit, saved: Mapping[Tensor, Mapping[str, Tensor]]
+        self, units: Sequence[Unit], saved: Mapping[Tensor, Mapping[str, Tensor]]
     ) -> dict[Tensor, dict[str, Tensor]]:
-        """Return what this rank holds of the saved tensors of a unit.
+        """Return what this rank holds of the saved tensors of units.
 
-        All ranks must call it, for the same units in the same order.
+        What is sharded comes to its owner alone, by one collective for all. All ranks
+        must call it, for the same units in the same order.
         """
         mine: dict[Tensor, dict[str, Tensor]] = {}
-        for p in unit.params:
-            if p not in saved:
-                continue
-            mine[p] = {}
-            for key in sorted(saved[p]):
-                tensor = saved[p][key]
-                if key in (OF_UPDATES, OF_GRADIENTS) and is_dtensor(p):
-                    mine[p][key] = tensor
-                    continue
-                tensor = whole(tensor)
-                if key == "step" or unit.owner == self.rank:
-                    mine[p][key] = tensor
+        sent: list[tuple[int, Tensor, Tensor]] = []
+        coming: list[tuple[Tensor, str]] = []
+        for unit in units:
+            held = unit.owner == self.rank
+            for p in unit.params:
+                mine[p] = {}
+                for key, tensor in sorted(saved.get(p, {}).items()):
+                    if key in (OF_UPDATES, OF_GRADIENTS) and is_dtensor(p):
+                        mine[p][key] = tensor
+                    elif is_dtensor(tensor):
+                        shards = local(tensor).to(p.device).unsqueeze(0)
+                        sent.append((unit.owner or 0, tensor, shards))
+                        coming += [(p, key)] * held
+                    elif held or key == "step":
+                        mine[p][key] = tensor
+        arrived = self.exchange.to_owners(sent, "the state")()
+        for (p, key), tensor in zip(coming, arrived, strict=True):
+            mine[p][key] = tensor.squeeze(0)
         return mine

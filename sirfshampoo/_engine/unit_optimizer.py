@@ -285,6 +285,8 @@ class UnitOptimizer(Optimizer):
             self._unit_names(),
             engine.momentum,
         )
+        if engine.owners is not None:
+            saved = engine.owners.collect(engine.units, saved)
         pairs = list(zip(state_dict["param_groups"], self.param_groups, strict=True))
         loaded = [with_code(group, present) for group, present in pairs]
         for group, (_, present) in zip(loaded, pairs, strict=True):
@@ -296,9 +298,6 @@ class UnitOptimizer(Optimizer):
             for unit, group in zip(engine.units, self.param_groups, strict=True)
         ]
         self._global_step = self.global_step if step is None else step
-        if engine.owners is not None:
-            for unit in engine.units:
-                saved |= engine.owners.collect(unit, saved)
         for p, entries in saved.items():
             if entries:
                 self.state[p] = entries

@@ -716,6 +716,34 @@ def loaded_by_a_pair(way: str) -> None:
     dist.barrier()
 
 
+def loaded_at_once() -> None:
+    """What is sharded comes to its owner alone, by one collective for each type."""
+    model, optimizer = trained("1-d", True, "T=3")
+    together(model, optimizer, steps=2)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)  # where shards lie is asked once
+    with Traffic() as traffic:
+        optimizer.load_state_dict(saved)
+    parts = {
+        (number, key): t.to_local()
+        for number, entries in saved["state"].items()
+        for key, t in entries.items()
+        if isinstance(t, DTensor) and key != optimizer._engine.momentum
+    }
+    assert len({t.dtype for t in parts.values()}) == traffic.calls == 1
+    # at most what this rank owns: all its factors, and less what it had of them
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = {i for i, p in enumerate(params) for k in optimizer.state[p] if "K0" in k}
+    units = {id(u.params[0]): u.owner for u in optimizer._engine.units}
+    own = [i for i in mine if units[id(params[i])] == dist.get_rank()]
+    expected = sum(
+        (saved["state"][i][key].numel() - t.numel()) * t.element_size()
+        for (i, key), t in parts.items()
+        if i in own
+    )
+    assert traffic.received == expected > 0
+
+
 def other_settings(kind: str, folder: str) -> None:
     """What torch.distributed.checkpoint has read does not fit: told by name."""
 
@@ -970,7 +998,7 @@ def pickles_of_shared() -> None:
 class Traffic(TorchDispatchMode):
     """Counts the bytes that reach this rank from others, in collectives of tensors."""
 
-    received = 0
+    received = calls = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -980,6 +1008,7 @@ class Traffic(TorchDispatchMode):
         name = str(func)
         tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         sizes = [t.numel() * t.element_size() for t in tensors]
+        self.calls += "c10d" in name and "wait" not in name
         if "c10d_functional.all_gather" in name:
             self.received += sizes[0] * (args[1] - 1)
         elif "c10d" in name and "broadcast" in name and args[2] != dist.get_rank():

@@ -47,6 +47,7 @@ def set_environment() -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ[name] = str(dist.get_world_size())
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns without
 
 
 def shard_by(found: Any, way: str) -> None:

@@ -123,7 +123,9 @@ def test_memory_and_work_are_balanced(two: Ranks, four: Ranks, layers: int) -> N
 
 @WAYS
 @OWNED
-@pytest.mark.parametrize("number", ["one", "two", "four"])
+@pytest.mark.parametrize(
+    "number", ["one", "two", pytest.param("three", marks=pytest.mark.heavy), "four"]
+)
 @pytest.mark.parametrize("momentum_first", [False, True])
 def test_costs_are_those_predicted(
     request: pytest.FixtureRequest,
@@ -193,6 +195,7 @@ def test_gradients_placed_otherwise(
         cases.own_training,
         cases.copies,
         cases.without_anything_in_hand,
+        cases.loaded_at_once,
         cases.zero_redundancy,
         cases.pickles_of_shared,
         cases.ranks_that_join,
