@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from torch import Size, Tensor, cat
-from torch.nn import Embedding, Linear, Module, Parameter
+from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
 
 __all__ = [
     "FlattenAndConcatenate",
@@ -14,6 +14,10 @@ __all__ = [
     "PerParameter",
     "PreconditionerGroup",
 ]
+
+
+#: Modules whose weight is a table of outputs, and no weight of inputs.
+EMBEDDINGS = (Embedding, EmbeddingBag)
 
 
 def _squeeze(tensor: Tensor) -> Tensor:

@@ -209,12 +209,11 @@ class SIRFShampoo(UnitOptimizer):
             nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V. The newest gradient counts at once.
-            normalize_update: Whether U is scaled to the size of a matrix with
-                orthonormal rows: ‖U‖_S4 = √m · r^(−1/4), with m the first axis and
-                r = min(m, D / m). A vector gets the length 1. The Schatten-4 norm
-                ‖U‖_S4 = ‖U Uᵀ‖_F^(1/2) takes one product.
+            normalize_update: Whether U is scaled to ‖U‖_S4 = s · r^(−1/4): as a matrix
+                of m orthonormal rows, s = √m, r = min(m, D / m). A vector has s = 1; an
+                embedding of `model`, which looks up outputs, 1 an entry: s = √D.
             max_relative_update: How far lr · U moves a parameter at most, beside its
-                Frobenius norm, or ½ √m if that is more. Default: None, no limit.
+                Frobenius norm, or ½ s if that is more. Default: None, no limit.
             clamp: Which norm of m limits the step of K: ``'frobenius'``, with which
                 long axes learn slowly; or ``'spectral'``, by the power method.
             relative_damping: Whether `lam` counts in units of B · mean(G²), and factors

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
+from torch.nn import Linear, Module, Parameter
 
 from sirfshampoo._config.arguments import check_adamw, check_module
 from sirfshampoo._config.axes import check_structure
 from sirfshampoo._config.checks import check_count
+from sirfshampoo.combiner import EMBEDDINGS
 
 __all__ = ["GrowingInterval", "choose_structures", "recipe"]
 
 #: The learning rate is so many times AdamW's: a step has the size of a matrix with
 #: orthonormal rows, whatever the loss, the batch and the number of parameters.
-_RATE = 60.0
+_RATE = 80.0
 
-#: No parameter moves by more in a step, relative to its size.
-_LONGEST = 0.05
+#: No parameter moves by more in a step, relative to its size: by the first; in a short
+#: run by the second over all, so that it may grow tenfold; but never by the third.
+_LONGEST, _LONGEST_OVERALL, _LONGEST_OF_ALL = 0.03, 5.0, 0.1
 
 #: Tensors have at most so many axes.
 _AXES = range(2, 9)
@@ -51,7 +53,8 @@ def recipe(
         batch_size: The number of examples in a step, as the optimizer counts them: the
             length of the inputs' leading axis. Of text that is sequences, not tokens.
             No setting depends on it; a step warns if others are counted.
-        steps: How many steps training takes: the weight decay follows from it.
+        steps: How many steps training takes: the weight decay follows from it and, in
+            runs of fewer than 167, how far a step may go beside the parameter.
         lr: AdamW's learning rate, to which the recipe's own is proportional. Leave it
             at 1e-3, with which all was measured, whatever a search of AdamW finds.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
@@ -81,6 +84,9 @@ def recipe(
         check_count("steps", steps)
     check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
     own = _RATE * lr
+    longest = _LONGEST
+    if steps is not None:
+        longest = min(max(_LONGEST_OVERALL / steps, longest), _LONGEST_OF_ALL)
     shrink = 0.0
     if weight_decay is not None:
         shrink = lr * weight_decay
@@ -90,17 +96,17 @@ def recipe(
         "lr": own,
         "beta2": 0.3,
         "alpha1": float(betas[0]),
-        "alpha2": 0.0,
+        "alpha2": 0.5,
         "lam": 1e-4,
         "kappa": shrink / own,
         "T": GrowingInterval(10),
         "structures": {1: "diagonal"} | dict.fromkeys(_AXES, f"dense{max_dense}"),
         "initial_factors": "gradient",
-        "exponent": 0.75,
+        "exponent": 0.5,
         "momentum_first": True,
         "nesterov": True,
         "normalize_update": True,
-        "max_relative_update": _LONGEST,
+        "max_relative_update": longest,
         "clamp": "spectral",
         "relative_damping": True,
         "cautious_decay": True,
@@ -148,9 +154,6 @@ class GrowingInterval:
             # the first update from there on
             start += -((start - grows_at) // interval) * interval
         return step >= start and (step - start) % self.T == 0
-
-
-_EMBEDDINGS = (Embedding, EmbeddingBag)
 
 
 def choose_structures(
@@ -249,7 +252,7 @@ def _axes(p: Tensor) -> int:
 
 def _lean_parameters(model: Module, heads: Iterable[str] | None) -> set[int]:
     """Return the identities of the parameters of embeddings and output heads."""
-    modules: list[Module] = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
+    modules: list[Module] = [m for m in model.modules() if isinstance(m, EMBEDDINGS)]
     modules += _named(model, heads) if heads is not None else _find_heads(model)
     return {id(p) for module in modules for p in module.parameters()}
 
@@ -274,6 +277,6 @@ def _find_heads(model: Module) -> list[Module]:
     if isinstance(head, Module):
         return [head]
     layers = [m for m in model.modules() if isinstance(m, Linear)]
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, EMBEDDINGS)}
     tied: list[Module] = [layer for layer in layers if id(layer.weight) in embedded]
     return tied or list(layers[-1:])

@@ -126,13 +126,15 @@ RULES = ("LinearWeightBias", "FlattenEmbedding", "PerParameter")
 
 def find_units(
     model: nn.Module, rules: Sequence[str] = ("PerParameter",)
-) -> list[tuple[list[nn.Parameter], Callable]]:
+) -> list[tuple[list[nn.Parameter], Callable, bool]]:
     """Group the parameters of a model by rules named as in the package.
 
     Returns:
-        For each unit its parameters and the function that makes one tensor of them.
+        For each unit its parameters, the function that makes one tensor of them, and
+        whether they are weights of embeddings.
     """
-    units: list[tuple[list[nn.Parameter], Callable]] = []
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    units: list[tuple[list[nn.Parameter], Callable, bool]] = []
     taken: set[int] = set()
     for rule in rules:
         found: list[tuple[list[Any], Callable]] = []
@@ -146,7 +148,7 @@ def find_units(
                 found.append(([layer.weight], one_long_vector))
         for params, group in found:
             if all(p is not None and id(p) not in taken for p in params):
-                units.append((params, group))
+                units.append((params, group, id(params[0]) in tables))
                 taken |= {id(p) for p in params}
     return units
 
@@ -175,6 +177,7 @@ class Unit:
 
     params: list[nn.Parameter]  # as handed over; never read again after construction
     group: Callable[[Sequence[Tensor]], Tensor]
+    embeds: bool  # what is looked up is output, not a weight of inputs
     settings: dict[str, Any]
     start: list[Tensor] = field(default_factory=list)
     W: list[Tensor] = field(default_factory=list)
@@ -219,7 +222,7 @@ class Twin:
 
     def __init__(
         self,
-        units: Sequence[tuple[list[nn.Parameter], Callable]],
+        units: Sequence[tuple[list[nn.Parameter], Callable, bool]],
         *,
         lr: float = 0.001,
         beta2: float = 0.01,
@@ -242,7 +245,7 @@ class Twin:
     ) -> None:
         """Take units as `find_units` returns them, and the documented settings."""
         settings = {k: v for k, v in locals().items() if k not in ("self", "units")}
-        self.units = [Unit(ps, group, deepcopy(settings)) for ps, group in units]
+        self.units = [Unit(*unit, deepcopy(settings)) for unit in units]
         self.global_step = 0
 
     def step(self, grads: dict[nn.Parameter, Tensor | None], batch_size: int) -> None:
@@ -315,15 +318,17 @@ class Twin:
         if s["normalize_update"]:
             X = U.reshape(len(U), -1) if U.ndim > 1 else U.reshape(1, -1)
             schatten4 = float((torch.linalg.svdvals(X) ** 4).sum() ** 0.25)
-            wanted = len(X) ** 0.5 * min(X.shape) ** -0.25
-            longest = 3 * (len(X) / max(1, min(X.shape))) ** 0.5
+            size = (X.numel() if unit.embeds else len(X)) ** 0.5
+            wanted = size * min(X.shape) ** -0.25
+            longest = 3 * size / max(1, min(X.shape)) ** 0.5
             spectral = float(torch.linalg.svdvals(X).max())
             scales = wanted / max(schatten4, 1e-300), longest / max(spectral, 1e-300)
             U = U * min(scales)
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["max_relative_update"] is not None:
-                least = 0.5 * (len(decayed) if decayed.ndim > 1 else 1) ** 0.5
+                m = len(decayed) if decayed.ndim > 1 else 1
+                least = 0.5 * (decayed.numel() if unit.embeds else m) ** 0.5
                 longest = max(float((decayed**2).sum() ** 0.5), least)
                 longest *= s["max_relative_update"]
                 length = s["lr"] * float((P**2).sum() ** 0.5)

@@ -105,7 +105,8 @@ _SOAP = {"lr": _LR, "beta2": Choice(0.9, 0.95, 0.99), "weight_decay": _DECAY}
 #: The recipe less one of what it switches on.
 _CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "inverse": ("exponent 1", {"exponent": 1.0}),
-    "root": ("exponent 0.5", {"exponent": 0.5}),
+    "mixed": ("exponent 0.75: the inverse on the first axis", {"exponent": 0.75}),
+    "alone": ("factors without momentum", {"alpha2": 0.0}),
     "identity": ("factors start at the identity", {"initial_factors": "identity"}),
     "T10": ("T = 10 from the start", {"T": 10}),
     "momentum-last": ("momentum after pre-conditioning", {"momentum_first": False}),

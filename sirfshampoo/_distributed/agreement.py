@@ -20,6 +20,7 @@ from sirfshampoo._distributed.groups import (
     is_mesh,
     ranks_of,
     reduced,
+    refuse_join,
     refuse_zero,
 )
 from sirfshampoo._distributed.roles import data_groups, digest
@@ -173,6 +174,7 @@ class Ranks:
 
         Raises:
             ValueError: If examples are counted, and it is not known on which ranks.
+            RuntimeError: If ranks take different numbers of steps, as far as is known.
         """
         if count is not None:
             self._check(params)
@@ -182,6 +184,7 @@ class Ranks:
         others = self._other_groups(data)
         if not data and not others:
             return present, count or 0
+        refuse_join(None if self._model is None else self._model())
         with awaiting("batch size and missing gradients"):
             told = reduced([count or 0, *present], data, dist.ReduceOp.SUM)
             ranks = prod(dist.get_world_size(group) for group in data)

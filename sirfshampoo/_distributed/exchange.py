@@ -9,12 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sirfshampoo._distributed.groups import (
-    awaiting,
-    device_of,
-    groups_of,
-    is_mesh,
-)
+from sirfshampoo._distributed.groups import awaiting, groups_of, is_mesh, twin_of
 from sirfshampoo._distributed.regions import Regions
 from sirfshampoo._distributed.shards import is_dtensor
 
@@ -24,6 +19,7 @@ if TYPE_CHECKING:
 
 
 Waiting = Callable[[], list[list[Tensor]]]
+Kind = tuple[torch.dtype, torch.device]
 
 
 class Exchange:
@@ -46,15 +42,15 @@ class Exchange:
         self._regions = Regions(self.group)
         self._mesh: DeviceMesh | None = None
 
-    def check(self, params: Iterable[Tensor]) -> None:
-        """Check that these ranks together hold the parameters.
+    def check(self, params: Iterable[tuple[str, Tensor]]) -> None:
+        """Check that these ranks together hold the parameters, given with their names.
 
         Raises:
             ValueError: If they do not.
         """
-        for p in params:
+        for name, p in params:
             if is_dtensor(p):
-                self._regions.of(p)
+                self._regions.of(p, name)
 
     # ----------------------------------------------------------------- of parameters
 
@@ -81,8 +77,8 @@ class Exchange:
                     if region.sends:
                         shape = torch.Size((len(shards), *region.shape))
                         expect[rank].append((shape, shards))
-        dtypes = _dtypes((owner, [shards]) for owner, _, shards in wanted)
-        arrive = self._all_to_all(send, expect, dtypes, "gradients")
+        kinds = _kinds(shards for _, _, shards in wanted)
+        arrive = self._all_to_all(send, expect, kinds, "gradients")
 
         def wait() -> list[Tensor]:
             pieces = [iter(of_rank) for of_rank in arrive()]
@@ -123,7 +119,8 @@ class Exchange:
                 U = next(own)
                 for rank, region in enumerate(regions):
                     send[rank].append(U[:, *region.slices])
-        arrive = self._all_to_all(send, expect, _dtypes(wanted), "updates")
+        kinds = _kinds(params[0] for _, params in wanted)
+        arrive = self._all_to_all(send, expect, kinds, "updates")
 
         def wait() -> list[Tensor]:
             pieces = [iter(of_owner) for of_owner in arrive()]
@@ -144,10 +141,10 @@ class Exchange:
             What waits for them, and writes them into the tensors.
         """
         handles = []
-        for dtype in _dtypes((owner, [t]) for owner, t in moved):
+        for kind in _kinds(t for _, t in moved):
             for owner in sorted({owner for owner, _ in moved}):
                 tensors = [
-                    t.detach() for o, t in moved if o == owner and t.dtype == dtype
+                    t.detach() for o, t in moved if o == owner and _kind(t) == kind
                 ]
                 length = sum(t.numel() for t in tensors)
                 if length and self.size > 1:
@@ -176,7 +173,7 @@ class Exchange:
         self,
         send: Sequence[Sequence[Tensor]],
         expect: Sequence[Sequence[tuple[torch.Size, Tensor]]],
-        dtypes: Sequence[torch.dtype],
+        kinds: Sequence[Kind],
         what: str,
     ) -> Waiting:
         """Send tensors to each rank.
@@ -185,19 +182,19 @@ class Exchange:
             send: For each rank, what it gets.
             expect: For each rank, the shapes of what it sends, each with a tensor of
                 its type and device.
-            dtypes: All types that any rank sends.
+            kinds: All types that any rank sends, and where: a rank that has nothing
+                to send or to get takes part there.
             what: The name of what is sent.
 
         Returns:
             What waits for the tensors of each rank.
         """
         handles = []
-        for dtype in dtypes:
-            parts = [[t for t in ts if t.dtype == dtype] for ts in send]
-            shapes = [[s for s, t in ts if t.dtype == dtype] for ts in expect]
-            device = _device_of([*send, *([t for _, t in ts] for ts in expect)])
+        for kind in kinds:
+            parts = [[t for t in ts if _kind(t) == kind] for ts in send]
+            shapes = [[s for s, t in ts if _kind(t) == kind] for ts in expect]
             flat = [t.flatten() for ts in parts for t in ts]
-            empty = torch.empty(0, dtype=dtype, device=device or device_of(self.group))
+            empty = torch.empty(0, dtype=kind[0], device=kind[1])
             outgoing = torch.cat([empty, *flat])
             to = [sum(t.numel() for t in ts) for ts in parts]
             come = [sum(s.numel() for s in ss) for ss in shapes]
@@ -206,20 +203,20 @@ class Exchange:
                 work = dist.all_to_all_single(
                     incoming, outgoing, come, to, self.group, async_op=True
                 )
-            handles.append((work, incoming, come, shapes, dtype, outgoing))
+            handles.append((work, incoming, come, shapes, kind, outgoing))
 
         def wait() -> list[list[Tensor]]:
-            arrived: list[dict[torch.dtype, Iterator[Tensor]]]
+            arrived: list[dict[Kind, Iterator[Tensor]]]
             arrived = [{} for _ in range(self.size)]
-            for work, incoming, come, shapes, dtype, _ in handles:
+            for work, incoming, come, shapes, kind, _ in handles:
                 with awaiting(what):
                     work.wait()
                 for rank, buffer in enumerate(incoming.split(come)):
                     numbers = [shape.numel() for shape in shapes[rank]]
                     pairs = zip(buffer.split(numbers), shapes[rank], strict=True)
-                    arrived[rank][dtype] = iter([t.view(shape) for t, shape in pairs])
+                    arrived[rank][kind] = iter([t.view(shape) for t, shape in pairs])
             return [
-                [next(arrived[rank][like.dtype]) for _, like in expect[rank]]
+                [next(arrived[rank][_kind(like)]) for _, like in expect[rank]]
                 for rank in range(self.size)
             ]
 
@@ -253,8 +250,8 @@ class Exchange:
             part = cuts[self.rank]
             length = (part.stop - part.start,) if shape else ()
             expect[owner].append((torch.Size((*length, *shape[1:])), tensor))
-        dtypes = _dtypes([(owner, [tensor]) for owner, tensor, _ in owned])
-        arrive = self._all_to_all(send, expect, dtypes, "the state")
+        kinds = _kinds(tensor for _, tensor, _ in owned)
+        arrive = self._all_to_all(send, expect, kinds, "the state")
         pieces = [iter(of_owner) for of_owner in arrive()]
         return [
             self._as_shard(next(pieces[owner]).clone(), shape)
@@ -283,7 +280,7 @@ class Exchange:
         """Return what all ranks tell, each of what it owns."""
         of_rank: list[Any] = [None] * self.size
         with awaiting("diagnostics"):
-            dist.all_gather_object(of_rank, told, self.group)
+            dist.all_gather_object(of_rank, told, twin_of(self.group))
         return {key: value for told in of_rank for key, value in told.items()}
 
 
@@ -314,11 +311,11 @@ def _part(shape: torch.Size, rank: int, size: int) -> slice:
     return slice(min(rank * chunk, length), min((rank + 1) * chunk, length))
 
 
-def _dtypes(wanted: Iterable[tuple[int, Sequence[Tensor]]]) -> list[torch.dtype]:
-    """Return all types of tensors, in an order that is the same on every rank."""
-    return sorted({p.dtype for _, params in wanted for p in params}, key=str)
+def _kind(tensor: Tensor) -> Kind:
+    """Return what the tensors of one collective have in common."""
+    return tensor.dtype, tensor.device
 
 
-def _device_of(lists: Iterable[Iterable[Tensor]]) -> torch.device | None:
-    """Return the device of the first tensor, if there is any."""
-    return next((t.device for tensors in lists for t in tensors), None)
+def _kinds(tensors: Iterable[Tensor]) -> list[Kind]:
+    """Return all types and devices of tensors, as they come, on every rank alike."""
+    return list(dict.fromkeys(map(_kind, tensors)))

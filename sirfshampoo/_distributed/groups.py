@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,25 @@ def refuse_zero() -> None:
             "ZeroRedundancyOptimizer cannot deal out SIRFShampoo. Build it directly: "
             "SIRFShampoo(model, shard_preconditioners=True) shares pre-conditioners, "
             "their memory and their work among the ranks."
+        )
+
+
+def refuse_join(model: Any) -> None:
+    """Refuse to agree where some ranks take fewer steps, in torch's ``Join``.
+
+    Args:
+        model: The model; one wrapped in ``DistributedDataParallel`` knows of it.
+
+    Raises:
+        RuntimeError: If it is there.
+    """
+    if getattr(getattr(model, "_join_config", None), "enable", False):
+        raise RuntimeError(
+            "SIRFShampoo cannot count examples, nor share pre-conditioners, where "
+            "torch's Join lets ranks take different numbers of steps: what is agreed "
+            "on in each step would be awaited from ranks that have ended. Give all "
+            "ranks as many batches (DistributedSampler does); or pass 'batch_size' as "
+            "an integer, with shard_preconditioners=False."
         )
 
 
@@ -105,15 +125,51 @@ def ranks_of(group: Any) -> set[int]:
 def reduced(
     numbers: Sequence[int], groups: Sequence[ProcessGroup], operation: Any
 ) -> list[int]:
-    """Return integers reduced over groups, one after the other."""
+    """Return integers reduced over the ranks of groups, one after the other."""
     for group in groups:
-        tensor = torch.tensor(numbers, dtype=torch.int64, device=device_of(group))
-        dist.all_reduce(tensor, operation, group)
+        twin = twin_of(group)
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=_device_of(twin))
+        dist.all_reduce(tensor, operation, twin)
         numbers = tensor.tolist()
     return list(numbers)
 
 
-def device_of(group: ProcessGroup) -> torch.device:
+#: The groups of our own, by their ranks, of each default group.
+_TWINS: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]]
+_TWINS = WeakKeyDictionary()
+
+
+def twin_of(group: ProcessGroup) -> ProcessGroup:
+    """Return a group of our own with the ranks of another, made when first asked for.
+
+    What the ranks tell each other before a step meets nothing else there: where one of
+    them leaves a step out, the others wait in vain, and say so, while in the group of
+    the gradients one would take its next gradients for it. On the CPU by gloo, which
+    tells of failures and lets no device wait; where torch lacks it, as the other.
+    """
+    known = _TWINS.setdefault(groups_of(dist.group.WORLD)[0], {})
+    ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+    if ranks not in known:
+        found = dist.get_backend(group)
+        backend = "gloo" if dist.is_gloo_available() else found
+        if found == "mpi":  # which makes groups with all ranks alone
+            return group
+        known[ranks] = dist.new_group(
+            list(ranks),
+            timeout=_timeout_of(group),
+            backend=backend,
+            use_local_synchronization=True,  # ranks of other groups do not come here
+        )
+    return known[ranks]
+
+
+def _timeout_of(group: ProcessGroup) -> Any:
+    """Return how long a group waits; None, where torch does not tell: its default."""
+    backend = group._get_backend(_device_of(group))
+    return getattr(getattr(backend, "options", None), "_timeout", None)
+
+
+def _device_of(group: ProcessGroup) -> torch.device:
     """Return where tensors must lie for a group; on the CPU if it can."""
     # such as "cpu:gloo,cuda:nccl"
     devices = [p.split(":")[0] for p in dist.get_backend_config(group).split(",")]

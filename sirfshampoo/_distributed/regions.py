@@ -32,7 +32,9 @@ class Region:
     sends: bool
 
 
-def _parts(tensor: DTensor, coordinate: Sequence[int]) -> list[tuple[int, int]]:
+def _parts(
+    tensor: DTensor, coordinate: Sequence[int], name: str
+) -> list[tuple[int, int]]:
     """Return start and length, a axis, of the shard at a place in the mesh."""
     parts, cuts = [(0, size) for size in tensor.shape], [1] * tensor.ndim
     shape = tensor.device_mesh.mesh.shape
@@ -46,7 +48,7 @@ def _parts(tensor: DTensor, coordinate: Sequence[int]) -> list[tuple[int, int]]:
         if dim is None or getattr(each, "split_factor", cuts[dim]) != cuts[dim]:
             raise ValueError(
                 "Argument 'shard_preconditioners' must be False for parameters that "
-                f"are neither sharded nor replicated, got the placement {each!r}."
+                f"are neither sharded nor replicated, got {each!r} of {name}."
             )
         start, size = parts[dim]
         chunk = -(-size // ranks)
@@ -64,24 +66,30 @@ class Regions:
         self._group = group
         self._known: dict[Any, list[Region]] = {}
 
-    def of(self, p: DTensor) -> list[Region]:
+    def of(self, p: DTensor, name: str = "a parameter") -> list[Region]:
         """Return the part of a tensor that each rank has.
 
         The first time, the ranks tell each other: what lies on a part of a mesh, as
         what FSDP2 alone shards beside tensor parallelism, has another mesh elsewhere.
+
+        Args:
+            p: The tensor.
+            name: What to call it where it cannot be.
 
         Raises:
             ValueError: If these ranks do not hold all of it.
         """
         key = placement(p), p.shape
         if key not in self._known:
-            self._known[key] = self._ask(p)
+            self._known[key] = self._ask(p, name)
         return self._known[key]
 
-    def _ask(self, p: DTensor) -> list[Region]:
+    def _ask(self, p: DTensor, name: str) -> list[Region]:
         """Gather the parts of all ranks."""
         here = p.device_mesh.get_coordinate()
-        own = _parts(p, here) if here is not None else [(0, 0) for _ in p.shape]
+        own = _parts(p, here or [0] * p.device_mesh.ndim, name)
+        if here is None:
+            own = [(0, 0)] * p.ndim
         rank, size = dist.get_rank(self._group), dist.get_world_size(self._group)
         told = [[0] * (2 * p.ndim) for _ in range(size)]
         told[rank] = [number for part in own for number in part]
@@ -105,7 +113,7 @@ class Regions:
             ranks = dist.get_process_group_ranks(self._group)
             raise ValueError(
                 "Argument 'shard_preconditioners' must name ranks that together hold "
-                f"all parameters, got {ranks} for one on {p.device_mesh}: pass the "
+                f"all parameters, got {ranks} for {name} on {p.device_mesh}: pass the "
                 "mesh, or its group, on which they are sharded."
             )
         return regions

@@ -31,12 +31,24 @@ def _is_stateful(T: Any) -> bool:
     )
 
 
-def without_code(group: Group) -> dict[str, Any]:
-    """Return a parameter group as plain values.
+def _kinds(unit: Unit) -> tuple[str, ...]:
+    """Return what the factors of a unit are, so that a checkpoint tells its exponent.
+
+    One that is multiplied on once, as smaller exponents have it, is another matrix.
+    torch.distributed.checkpoint keeps no key that a group does not have, but all that
+    stands under one.
+    """
+    pairs = zip(unit.structures, unit.times, strict=True)
+    return tuple(name if times == 2 else f"root {name}" for name, times in pairs)
+
+
+def without_code(group: Group, unit: Unit) -> dict[str, Any]:
+    """Return the parameter group of a unit as plain values.
 
     None stands for options that are code: torch.distributed.checkpoint looks for every
     key of the group; its state dict stands for a callable ``T`` that has one. Types go
-    by name, because it refuses them; a learning rate that is a tensor, as a number.
+    by name, because it refuses them; a learning rate that is a tensor, as a number;
+    structures with what they are of.
     """
     plain = {
         key: None if key == "combine_params" or callable(value) else value
@@ -46,6 +58,7 @@ def without_code(group: Group) -> dict[str, Any]:
         plain["T"] = deepcopy(group["T"].state_dict())
     types = group["preconditioner_dtypes"]
     plain["preconditioner_dtypes"] = tuple(str(t).removeprefix("torch.") for t in types)
+    plain["structures"] = _kinds(unit)
     return plain
 
 
@@ -57,12 +70,12 @@ def _with_types(group: Group) -> dict[str, Any]:
 
 
 def with_code(saved: Group, present: Group) -> dict[str, Any]:
-    """Return a copy of a saved group with the present one's parameters and code.
+    """Return a copy of a saved group that fits, with the present parameters and code.
 
     What a saved group may lack is taken from the present one: a callable ``T`` and
     the names of parameters.
     """
-    code = {key: present[key] for key in ("params", "combine_params")}
+    code = {key: present[key] for key in ("params", "combine_params", "structures")}
     absent = {key: present[key] for key in ("T", "param_names") if key in present}
     known = {key: value for key, value in saved.items() if key not in code}
     T = known.get("T")
@@ -115,7 +128,7 @@ def check_fit(
     by_parameter: dict[Tensor, dict[str, Tensor]] = {}
     anew: list[str] = []
     for i, (saved, present) in enumerate(zip(saved_groups, groups, strict=True)):
-        _check_group(f"group {i}", saved, present)
+        _check_group(f"group {i}", saved, present, units[i])
         pairs = list(zip(saved["params"], present["params"], strict=True))
         found = {p: dict(state_dict["state"].get(key, {})) for key, p in pairs}
         by_parameter |= found
@@ -148,32 +161,7 @@ def check_fit(
     return by_parameter, next(iter(steps), None)
 
 
-def check_symmetric(
-    units: Sequence[Unit], by_parameter: Mapping[Tensor, Mapping[str, Tensor]]
-) -> None:
-    """Check that factors which must be symmetric are saved so.
-
-    Args:
-        units: The optimizer's units.
-        by_parameter: The saved tensors of each parameter.
-
-    Raises:
-        ValueError: If one is not: it was learned with another exponent.
-    """
-    for unit in units:
-        saved = by_parameter.get(unit.params[0], {})
-        once = [f"K{n}." for n, times in enumerate(unit.times) if times == 1]
-        for key, t in saved.items():
-            matrix = t.ndim > 1 and any(map(key.startswith, once))
-            if matrix and not t.is_meta and not torch.equal(t, t.mT):
-                raise ValueError(
-                    "Argument 'state_dict' must have symmetric factors for the "
-                    f"exponent {unit.variant.exponent}, got {key!r} of group "
-                    f"{unit.group}, which is not: it was learned with another exponent."
-                )
-
-
-def _check_group(owner: str, saved: Group, present: Group) -> None:
+def _check_group(owner: str, saved: Group, present: Group, unit: Unit) -> None:
     """Check the options of one group, and how many parameters it has."""
     missing = {"params", *OPTIONS} - {"T", "combine_params"} - set(saved)
     if missing:
@@ -186,12 +174,19 @@ def _check_group(owner: str, saved: Group, present: Group) -> None:
             f"Argument 'state_dict' must have {len(present['params'])} parameters in "
             f"{owner}, got {len(saved['params'])}."
         )
-    if tuple(saved["structures"]) != present["structures"]:
+    kinds, structures = tuple(saved["structures"]), present["structures"]
+    if tuple(kind.removeprefix("root ") for kind in kinds) != structures:
         raise ValueError(
-            f"Argument 'state_dict' must have the structures {present['structures']} "
-            f"in {owner}, got {saved['structures']!r}."
+            f"Argument 'state_dict' must have the structures {structures} in {owner}, "
+            f"got {kinds}."
         )
-    saved = _with_types(saved)
+    if kinds != _kinds(unit):
+        raise ValueError(
+            "Argument 'state_dict' must have factors for the exponent "
+            f"{unit.variant.exponent} in {owner}, which are {_kinds(unit)}, got "
+            f"{kinds}: they were learned with another exponent."
+        )
+    saved = {**_with_types(saved), "structures": structures}
     given = {key: value for key, value in saved.items() if value is not None}
     given.pop("combine_params", None)
     if isinstance(given.get("T"), Mapping):

@@ -77,19 +77,22 @@ class Engine:
         """Return whether this rank holds the factors of a unit."""
         return self.owners is None or unit.owner == self.owners.rank
 
-    def with_owners(self, units: list[Unit], groups: Sequence[Group]) -> list[Unit]:
+    def with_owners(
+        self, units: list[Unit], groups: Sequence[Group], names: Mapping[int, str]
+    ) -> list[Unit]:
         """Return new units with owners, if ranks share pre-conditioners.
 
         Args:
             units: The units.
             groups: The parameter groups of all units.
+            names: The names of their parameters, by their identities.
 
         Raises:
             ValueError: If they cannot be shared.
         """
         if self.owners is None:
             return units
-        return self.owners.assign(units, groups, self.units)
+        return self.owners.assign(units, groups, self.units, names)
 
     def follow(self, groups: Sequence[Group], state: dict[Tensor, State]) -> list[Unit]:
         """Return the units, of the parameters that stand in the groups by now.
@@ -123,7 +126,7 @@ class Engine:
         for p, q in zip(old.params, new.params, strict=True):
             entries = state.pop(p, {})
             if self.owners is not None and is_dtensor(q) and self.momentum in entries:
-                self.owners.exchange.check([q])
+                self.owners.exchange.check([(f"one of group {new.group}", q)])
                 if not is_dtensor(p):  # from where it was whole to where shards are
                     if not self.holds(old):
                         entries[self.momentum] = local(q).new_zeros(q.shape)

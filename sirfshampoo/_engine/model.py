@@ -11,7 +11,7 @@ from torch.nn import Module, Parameter
 from sirfshampoo._config.arguments import check_rule
 from sirfshampoo._config.axes import SUPPORTED_DTYPES
 from sirfshampoo._engine.units import OUTSIDE, Unit
-from sirfshampoo.combiner import PreconditionerGroup
+from sirfshampoo.combiner import EMBEDDINGS, PreconditionerGroup
 
 
 class _NoModel(Module):
@@ -51,6 +51,11 @@ class KnownModel:
         """
         params = () if self.module is None else self.module.parameters()
         return [p for p in params if p.requires_grad or p.dtype in SUPPORTED_DTYPES]
+
+    def embeddings(self) -> set[int]:
+        """Return the identities of the weights that embeddings look up."""
+        modules = () if self.module is None else self.module.modules()
+        return {id(m.weight) for m in modules if isinstance(m, EMBEDDINGS)}
 
     def identify(
         self, rule: PreconditionerGroup, params: Sequence[Tensor]

@@ -48,6 +48,7 @@ class Owners:
         units: Sequence[Unit],
         groups: Sequence[Mapping[str, Any]],
         present: Sequence[Unit],
+        names: Mapping[int, str],
     ) -> list[Unit]:
         """Return units with owners.
 
@@ -55,9 +56,10 @@ class Owners:
             units: The units.
             groups: The parameter groups of all units.
             present: Units that have owners already.
+            names: The names of parameters, by their identities.
         """
-        for unit in units:
-            self.exchange.check(unit.params)
+        params = [p for unit in units for p in unit.params]
+        self.exchange.check((names[id(p)], p) for p in params)
         return with_owners(units, groups, present, self.exchange.size)
 
     def check_caller(self, units: Iterable[Unit]) -> None:

@@ -237,6 +237,7 @@ def stack_units(
             has_m,
             has_V,
             unit.owner,
+            unit.embeds,
             id(unit.rule),
             unit.dims,
             unit.structures,

@@ -21,6 +21,7 @@ from sirfshampoo._method.descent import (
     descend,
     limit_update,
     normalize_update,
+    size_of,
     squared_norms,
 )
 from sirfshampoo._method.factors import (
@@ -85,7 +86,8 @@ def take_steps(
         if moves is not None:
             task.skipped.add_(~moves)
         if variant.normalize_update:
-            U = normalize_update(U)
+            first = task.units[0]
+            U = normalize_update(U, size=size_of(first.dims, embeds=first.embeds))
         route.deliver(task, scattered(task.units, U), moves)
 
 
@@ -160,7 +162,8 @@ def limit_rows(
         return U
     like = units[0].params[j]
     squares = sum_over_shards(squared_norms(U, W), like)
-    return limit_update(U, squares, limit=limit, lr=lr, shape=like.shape)
+    size = size_of(like.shape, embeds=units[0].embeds)
+    return limit_update(U, squares, limit=limit, lr=lr, size=size)
 
 
 def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:

@@ -16,12 +16,7 @@ from sirfshampoo._config.groups import (
     with_kappa,
 )
 from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook
-from sirfshampoo._engine.checkpoint import (
-    check_fit,
-    check_symmetric,
-    with_code,
-    without_code,
-)
+from sirfshampoo._engine.checkpoint import check_fit, with_code, without_code
 from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.given import GivenGroup
 from sirfshampoo._engine.model import KnownModel
@@ -125,6 +120,7 @@ class UnitOptimizer(Optimizer):
                 identify=lambda rule: self._model.identify(rule, given["params"]),
                 start=len(self._engine.units),
                 variant=self._engine.variant,
+                embeddings=self._model.embeddings(),
             )
         finally:
             self.param_groups = before
@@ -132,7 +128,8 @@ class UnitOptimizer(Optimizer):
                 self._model.forget()
         if self._engine.variant.spread_updates and callable(given["T"]):
             warn_of_callable_interval(names)
-        units = self._engine.with_owners(units, [*before, *groups])
+        named = dict(zip(map(id, given["params"]), names, strict=True))
+        units = self._engine.with_owners(units, [*before, *groups], named)
         if self._is_set_up:  # else the constructor does it once for all
             every = [*self._engine.units, *units]
             self._check_memory(every, [*before, *groups])
@@ -258,7 +255,8 @@ class UnitOptimizer(Optimizer):
             for p, key, tensor in owners.spread(stacks):
                 state[number[id(p)]][key] = tensor
             state_dict["state"] = state
-        groups = [without_code(group) for group in state_dict["param_groups"]]
+        pairs = zip(state_dict["param_groups"], self._engine.units, strict=True)
+        groups = [without_code(group, unit) for group, unit in pairs]
         attributes = {name: getattr(self, name) for name in self.STATE_ATTRIBUTES}
         return {**state_dict, "param_groups": groups, **attributes}
 
@@ -287,8 +285,6 @@ class UnitOptimizer(Optimizer):
             self._unit_names(),
             engine.momentum,
         )
-        check_symmetric(engine.units, saved)
-
         pairs = list(zip(state_dict["param_groups"], self.param_groups, strict=True))
         loaded = [with_code(group, present) for group, present in pairs]
         for group, (_, present) in zip(loaded, pairs, strict=True):

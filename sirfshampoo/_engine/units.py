@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ class Unit:
         structures: The structure of each axis' Kronecker factor.
         dtypes: The type of each axis' Kronecker factor.
         variant: The optimizer's options for all parameters.
+        embeds: Whether the parameters are weights of embeddings.
         owner: The rank that holds the factors; None: every rank.
     """
 
@@ -45,6 +46,7 @@ class Unit:
     structures: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     variant: Variant
+    embeds: bool = False
     owner: int | None = None
 
     @property
@@ -115,6 +117,7 @@ def form_units(
     identify: Callable[[PreconditionerGroup], list[list[Parameter]]],
     start: int,
     variant: Variant,
+    embeddings: Collection[int] = (),
 ) -> tuple[list[Unit], list[dict[str, Any]]]:
     """Split what the user calls a parameter group into units with a group each.
 
@@ -124,6 +127,7 @@ def form_units(
         identify: What a rule finds in the model.
         start: The index of the first of the new groups.
         variant: The optimizer's options for all parameters.
+        embeddings: The identities of the weights of embeddings.
 
     Returns:
         The units, and their groups.
@@ -160,7 +164,7 @@ def form_units(
             new["param_names"] = [names[position[id(p)]] for p in members]
         index = start + len(units)
         fields = (index, tuple(members), rule, dims, structures, dtypes, variant)
-        unit = Unit(*fields)
+        unit = Unit(*fields, embeds=all(id(p) in embeddings for p in members))
         _check_symmetric(unit)
         units.append(unit)
         groups.append(new)

@@ -14,8 +14,8 @@ from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 #: No singular value of U is longer than so many times that of orthonormal rows.
 _LONGEST_DIRECTION = 3.0
 
-#: A parameter that is smaller, such as one that starts at 0, counts as so many times a
-#: matrix with orthonormal rows: torch's own start of a linear layer is 0.58 times that.
+#: A parameter that is smaller, such as one that starts at 0, counts as so many times
+#: what `size_of` says: torch's own start of a linear layer is 0.58 times that.
 _LEAST_WEIGHT = 0.5
 
 # On a GPU, the compiler of torch 2.10 and 2.11 fails where a list of tensors meets a
@@ -23,18 +23,33 @@ _LEAST_WEIGHT = 0.5
 _LISTS_COMPILE = torch.__version__ >= "2.12"
 
 
-def normalize_update(U: Tensor) -> Tensor:
-    """Scale rows of U to the size of a matrix with orthonormal rows.
+def size_of(shape: Size, *, embeds: bool) -> float:
+    """Return the Frobenius norm that a parameter's update of size 1 has.
 
-    U ← √m · r^(−1/4) / ‖U‖_S4 · U, for matrices ``[m, D / m]`` with r = min(m, D / m).
+    Rows of a matrix then have length 1, √m in all; a vector is one row. What an
+    embedding looks up is no weight of inputs, but output: each entry counts 1.
+
+    Args:
+        shape: That of the parameter, its first axis is m.
+        embeds: Whether the parameter is the weight of an embedding.
+    """
+    if embeds:
+        return sqrt(shape.numel())
+    return sqrt(shape[0]) if len(shape) > 1 else 1.0
+
+
+def normalize_update(U: Tensor, *, size: float) -> Tensor:
+    """Scale rows of U to a size.
+
+    U ← size · r^(−1/4) / ‖U‖_S4 · U, for matrices ``[m, D / m]``, r = min(m, D / m).
     The Schatten-4 norm ‖U‖_S4 = ‖U Uᵀ‖_F^(1/2) takes one product, and lies between the
     spectral norm, which sees one direction alone, and the Frobenius norm, which many
-    small ones make large. If all singular values are equal, U has orthonormal rows, or,
-    if it is tall, columns of length √(m / r). A vector is one row: it gets length 1. A
-    direction that holds most of a large matrix gets 3 √(m / r) at most.
+    small ones make large. If all r singular values are equal, size is the Frobenius
+    norm. A direction that holds most of a large matrix gets 3 · size / √r at most.
 
     Args:
         U: The pre-conditioned gradients, ``[rows, *dims]``. What is 0 stays so.
+        size: What `size_of` says.
     """
     X = U.flatten(2) if U.ndim > 2 else U.unsqueeze(1)
     m, r = X.shape[1], min(X.shape[1:])
@@ -42,7 +57,7 @@ def normalize_update(U: Tensor) -> Tensor:
     X = X.to(top.dtype) / per_matrix(top.clamp(min=torch.finfo(top.dtype).tiny), X)
     S = X @ X.mT if m == r else X.mT @ X
     norm = torch.linalg.vector_norm(S.flatten(1), dim=1).sqrt()
-    scale = sqrt(m) * max(r, 1) ** -0.25 / norm
+    scale = size * max(r, 1) ** -0.25 / norm
     if r > _LONGEST_DIRECTION**4:  # else no direction is longer
         v = torch.zeros_like(S[..., :1])
         largest = S.diagonal(dim1=-2, dim2=-1).argmax(-1)
@@ -50,7 +65,7 @@ def normalize_update(U: Tensor) -> Tensor:
         for _ in range(3):  # the power method
             v = S @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
         spectral = torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
-        scale = scale.minimum(_LONGEST_DIRECTION * sqrt(m / r) / spectral)
+        scale = scale.minimum(_LONGEST_DIRECTION * size / sqrt(r) / spectral)
     scale = scale.masked_fill(norm == 0, 0.0)
     return (X * per_matrix(scale, X)).to(U.dtype).view_as(U)
 
@@ -69,23 +84,21 @@ def squared_norms(U: Tensor, W: Sequence[Tensor]) -> Tensor:
 
 
 def limit_update(
-    U: Tensor, squares: Tensor, *, limit: float, lr: float | Tensor, shape: Size
+    U: Tensor, squares: Tensor, *, limit: float, lr: float | Tensor, size: float
 ) -> Tensor:
     """Scale rows of U down where lr · U is long beside the parameter.
 
-    That is where ‖lr · U‖_F > limit · max(‖W‖_F, ½ √m), with m the first axis of a
-    parameter, 1 of a vector.
+    That is where ‖lr · U‖_F > limit · max(‖W‖_F, ½ size).
 
     Args:
         U: The pre-conditioned gradients of parameters, ``[rows, *shape]``.
         squares: The ``[2, rows]`` of `squared_norms`, of whole parameters.
         limit: The longest step, relative to the parameter.
         lr: Learning rate; a tensor ``[rows]`` has one value a row.
-        shape: That of a whole parameter.
+        size: What `size_of` says of a whole parameter.
     """
     of_U, of_W = squares.sqrt().unbind(0)
-    m = shape[0] if len(shape) > 1 else 1
-    longest = of_W.clamp(min=_LEAST_WEIGHT * sqrt(m)) * limit
+    longest = of_W.clamp(min=_LEAST_WEIGHT * size) * limit
     scale = longest / (of_U * lr)
     if unless_all(scale >= 1) is None:
         return U

@@ -18,6 +18,7 @@ from sirfshampoo._engine.step import precondition_rows
 from sirfshampoo._method.descent import (
     limit_update,
     normalize_update,
+    size_of,
     squared_norms,
 )
 from sirfshampoo.structures.base import accumulation_dtype
@@ -82,7 +83,8 @@ def _of_direction(
     if G is None or not stack.held:
         return ([] if V is None else momentum), momentum
     U = precondition_rows(stack, rows, G)
-    U = normalize_update(U) if variant.normalize_update else U
+    if variant.normalize_update:
+        U = normalize_update(U, size=size_of(unit.dims, embeds=unit.embeds))
     if limit is not None:
         pieces = [
             limit_update(
@@ -90,7 +92,7 @@ def _of_direction(
                 squared_norms(U_j, [W_j]),
                 limit=limit,
                 lr=lr,
-                shape=W_j.shape,
+                size=size_of(W_j.shape, embeds=unit.embeds),
             )
             for U_j, W_j in zip(scattered([unit], U), W, strict=True)
         ]

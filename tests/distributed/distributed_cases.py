@@ -16,8 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -34,7 +36,6 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -50,9 +51,11 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
 )
+from sirfshampoo._distributed import Exchange
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import cost_of
 from tests.cases import FAST, STRUCTURES, Tensors, mixture
+from tests.distributed.as_nccl import AsNccl
 
 STEPS = 10
 ROWS = 11
@@ -155,14 +158,16 @@ def together(
     before_step: Callable[[], Any] = lambda: None,
 ) -> None:
     """Train on this rank's share of the same batches."""
-    world = dist.get_world_size()
+    world, checker = dist.get_world_size(), AsNccl()
     for x, y in batches(steps)[start:]:
         optimizer.zero_grad()
         # gradients are averaged over the ranks
         mean_loss(model, share(x), share(y), world).backward()
         before_step()
-        optimizer.step()
+        with checker:
+            optimizer.step()
         assert optimizer.batch_size == ROWS
+    checker.compare()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -355,12 +360,26 @@ def gradients_placed_otherwise(momentum_first: bool, owned: bool) -> None:
         assert (whole(p) - expected).abs().max() < 1e-10
 
 
-def strided_shards() -> None:
+def shards_that_cannot_be_owned() -> None:
+    """They are refused when the optimizer is built, by name."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Linear(4, 4, bias=False)
+    summed = DTensor.from_local(model.weight.detach(), mesh, [Partial()])
+    model.weight = nn.Parameter(summed)
+    with pytest.raises(ValueError, match=r"must be False.*Partial.* of weight\."):
+        SIRFShampoo(model, batch_size=1, shard_preconditioners=True)
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model = fully_shard(nn.Linear(4, 4, bias=False), mesh=mesh)
+    with pytest.raises(ValueError, match=r"together hold.*for weight on .*pass the m"):
+        SIRFShampoo(model, batch_size=1, shard_preconditioners=alone)
+
+
+def strided_shards(owned: bool, width: int) -> None:
     """Tensor parallelism within sharded data parallelism, on the same axis."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh())
-    model = model.double()
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
+    model = model.append(nn.Tanh()).double()
     expected = deepcopy(model)
     x, y = torch.randn(6, 5).double(), torch.randn(6, 3).double()
     options = {**FAST, "structures": "dense"}
@@ -368,6 +387,7 @@ def strided_shards() -> None:
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     parallelize_module(model, mesh["tensor"], plan)
     fully_shard(model, mesh=mesh["data"])
+    options["shard_preconditioners"] = owned and dist.group.WORLD
     optimizer = SIRFShampoo(model, **options, process_group=mesh["data"])
     rows = slice(0, 4) if mesh.get_coordinate()[0] == 0 else slice(4, 6)
     for _ in range(STEPS):
@@ -380,77 +400,6 @@ def strided_shards() -> None:
             made.step()
             assert made.batch_size == 6
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        assert (whole(p) - q).abs().max() < 1e-10
-
-
-class Narrow(nn.Module):
-    """Layers for tensor and for sequence parallelism."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Linear(6, 6)
-        self.norm = nn.LayerNorm(6)
-        self.wide = nn.Linear(6, 8)
-        self.narrow = nn.Linear(8, 6)
-        self.last = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Read sequences ``[batch, 4, 6]``."""
-        x = self.narrow(self.wide(self.norm(self.enter(x))).tanh())
-        return 1.0 * self.last(x)  # FSDP2 warns of a view
-
-
-WAYS_ON_MESHES = ("tp", "sp", "tp and fsdp", "hsdp")
-
-
-def parallel(model: nn.Module, way: str) -> tuple[nn.Module, slice]:
-    """Make a model one of many ranks; return it, and which of 12 examples it sees."""
-    world, sequence = dist.get_world_size(), way == "sp"
-    if way in ("tp", "sp"):
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
-    else:
-        names = ("data", "tensor") if "tp" in way else ("replicate", "shard")
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
-    if way == "hsdp":
-        rank = dist.get_rank()
-        own = slice(rank * 12 // world, (rank + 1) * 12 // world)
-        return fully_shard(model, mesh=mesh), own
-    within = Shard(1) if sequence else Replicate()
-    plan = {
-        "enter": RowwiseParallel(input_layouts=Replicate(), output_layouts=within),
-        "wide": ColwiseParallel(input_layouts=within),
-        "narrow": RowwiseParallel(),
-        **({"norm": SequenceParallel()} if sequence else {}),
-    }
-    parallelize_module(model, mesh["tensor"], plan)
-    if way != "tp and fsdp":
-        return model, slice(None)
-    half = mesh.get_local_rank("data")
-    return fully_shard(model, mesh=mesh["data"]), slice(6 * half, 6 * half + 6)
-
-
-def on_meshes(way: str, options: str, owned: bool) -> None:
-    """Examples that several ranks see count once, as parameters tell; equal to one."""
-    torch.manual_seed(1)
-    model, make = Narrow().double(), maker(options)
-    expected = deepcopy(model)
-    start = deepcopy(model)
-    model, own = parallel(model, way)
-    twin = make(expected, process_group=False)
-    optimizer = make(model, shard_preconditioners=owned)
-    draw = torch.Generator().manual_seed(2)
-    for _ in range(STEPS):
-        x = torch.randn(12, 4, 6, generator=draw, dtype=torch.float64)
-        for net, made, part in ((expected, twin, slice(None)), (model, optimizer, own)):
-            made.zero_grad()
-            out = net(x[part])
-            (out - 1).square().mean().backward()
-            made.step()
-            assert made.batch_size == 12
-    for p, q, r in zip(
-        *(n.parameters() for n in (model, expected, start)), strict=True
-    ):
-        assert (q - r).abs().max() > 1e-3
         assert (whole(p) - q).abs().max() < 1e-10
 
 
@@ -554,7 +503,10 @@ def missing_on_one_rank(way: str, owned: bool = False) -> None:
     if dist.get_rank() == 1:
         for name in ("norm.bias", "first.weight", "first.bias"):
             found[name if name in found else f"module.{name}"].grad = None
-    optimizer.step()
+    checker = AsNccl()
+    with checker:
+        optimizer.step()
+    checker.compare()
     for name, p in found.items():
         rests = name.removeprefix("module.").startswith(("norm.bias", "first."))
         assert torch.equal(whole(p), before[name]) == rests, name
@@ -731,6 +683,69 @@ def resumed_from_one(way: str, owned: bool, folder: str) -> None:
     resumed_equally(model, optimizer, "T=3")
 
 
+def loaded_by_a_pair(way: str) -> None:
+    """One pair of ranks of four loads into what it owns; the other does not wait."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("run", "pair"))["pair"]
+    groups = {"process_group": mesh, "shard_preconditioners": mesh}
+
+    def build(**options: Any) -> tuple[nn.Module, SIRFShampoo]:
+        model = make_model()
+        if way == "fsdp":
+            shard(model, mesh)
+        else:
+            model = DistributedDataParallel(model, process_group=mesh.get_group())
+        return model, SIRFShampoo(model, **{**FAST, **options}, **groups)
+
+    recent, older = (build(exponent=0.75) for _ in range(2))
+    different, _ = build(), dist.barrier()
+    if dist.get_rank() < 2:
+        x, y = batches(1)[0]
+        for model, optimizer in (recent, older):
+            mean_loss(model, x, y, 2).backward()
+            optimizer.step()
+        mean_loss(recent[0], x, y, 2).backward()
+        recent[1].step()
+        saved = recent[1].state_dict()
+        older[1].load_state_dict(saved)
+        twins = zip(recent[1].preconditioner, older[1].preconditioner, strict=True)
+        held = [(K, L) for fs, gs in twins for K, L in zip(fs, gs, strict=True)]
+        assert held
+        assert all(torch.equal(K.to_dense(), L.to_dense()) for K, L in held)
+        with pytest.raises(ValueError, match=r"factors for the exponent 1\.0"):
+            different[1].load_state_dict(saved)
+    dist.barrier()
+
+
+def other_settings(kind: str, folder: str) -> None:
+    """What torch.distributed.checkpoint has read does not fit: told by name."""
+
+    def build(**options: Any) -> tuple[nn.Module, SIRFShampoo]:
+        model = shard(make_model(), meshes()["1-d"])
+        return model, SIRFShampoo(model, **{**FAST, "structures": "dense", **options})
+
+    model, optimizer = build(exponent=0.75)
+    together(model, optimizer, steps=2)
+    how = StateDictOptions(**KINDS[kind])
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    dcp.save(saved, checkpoint_id=folder)
+    for options, told in (
+        ({}, r"factors for the exponent 1\.0 in group 0"),
+        (
+            {"structures": "diagonal"},
+            r"structures \('diagonal', 'diagonal'\) in group 0",
+        ),
+    ):
+        model, optimizer = build(**options)
+        found = get_optimizer_state_dict(model, optimizer, options=how)
+        if options:  # torch looks before we can
+            with pytest.raises(CheckpointException, match=r"Missing key.*K0\.diag"):
+                dcp.load(found, checkpoint_id=folder)
+        planner = DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(found, checkpoint_id=folder, planner=planner)
+        with pytest.raises(ValueError, match=told):
+            set_optimizer_state_dict(model, optimizer, found, options=how)
+
+
 # --- what goes wrong ------------------------------------------------------------------
 def non_finite(options: str, way: str, owned: bool) -> None:
     """A unit whose gradient is not finite rests, with all of its state."""
@@ -738,7 +753,7 @@ def non_finite(options: str, way: str, owned: bool) -> None:
     expected = deepcopy(model)
     twin = make(expected, process_group=False)
     model = wrapped(way, model)
-    optimizer = make(model, shard_preconditioners=owned)
+    optimizer, checker = make(model, shard_preconditioners=owned), AsNccl()
     for step, (x, y) in enumerate(batches()):
         for net, made in ((expected, twin), (model, optimizer)):
             made.zero_grad()
@@ -753,7 +768,9 @@ def non_finite(options: str, way: str, owned: bool) -> None:
                 shards = sick.to_local() if isinstance(sick, DTensor) else sick
                 if net is expected or way == "ddp" or dist.get_rank() == 0:
                     shards[0, 0] = float("nan")
-            made.step()
+            with checker if made is optimizer else nullcontext():
+                made.step()
+    checker.compare()
     assert_equal_parameters(model, expected)
     entries = optimizer.state_dict()["state"]
     assert sum(int(e["skipped"]) for e in entries.values() if "skipped" in e) == 2
@@ -801,6 +818,53 @@ def one_fails(where: str, how: str, pipe: Any) -> str:
             assert step == 2
             return str(error)
     return "Nothing."
+
+
+def one_skips(way: str, owned: bool, pipe: Any) -> str:
+    """Train until the last rank leaves a step out; return what the others are told."""
+    model = wrapped(way, make_model())
+    optimizer = maker("dense")(model, shard_preconditioners=owned)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        mean_loss(model, share(x), share(y)).backward()
+        if last and step == 2:
+            continue
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert step == 2
+            return str(error)
+    return "Nothing."
+
+
+def without_anything_in_hand() -> None:
+    """A rank that neither sends nor gets takes part where the parameters are."""
+    mesh = init_device_mesh("cpu", (2,))
+    exchange = Exchange(mesh)
+    rows = 1 - dist.get_rank()  # the second rank has an empty shard
+    p = DTensor.from_local(
+        torch.empty(rows, 4, device="meta"),
+        mesh,
+        [Shard(0)],
+        shape=(1, 4),
+        stride=(4, 1),
+    )
+    seen: list[torch.device] = []
+
+    def take_note(*buffers: Any, **_: Any) -> None:
+        seen.extend(t.device for t in buffers if isinstance(t, Tensor))
+
+    exchange.check([("p", p)])
+    send = dist.all_to_all_single
+    dist.all_to_all_single = take_note
+    try:
+        exchange.to_owners([(0, p, p.to_local().unsqueeze(0))])
+        results = [torch.empty(1, 1, 4, device="meta")][dist.get_rank() :]
+        exchange.from_owners([(0, [p])], results)
+    finally:
+        dist.all_to_all_single = send
+    assert seen == [torch.device("meta")] * 4
 
 
 # --- the example ----------------------------------------------------------------------
@@ -859,6 +923,40 @@ def zero_redundancy() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer.*shard_precond"):
         ZeroRedundancyOptimizer(model.parameters(), SIRFShampoo, batch_size=ROWS)
+
+
+def ranks_that_join() -> None:
+    """Torch's `Join` goes with an integer batch size; else it is refused by name."""
+    from torch.distributed.algorithms.join import Join
+
+    def train(**options: Any) -> nn.Module:
+        model = DistributedDataParallel(make_model())
+        optimizer = SIRFShampoo(model, **FAST, **options)
+        with Join([model]):
+            for x, y in batches(2 + dist.get_rank()):
+                optimizer.zero_grad()
+                mean_loss(model, share(x), share(y)).backward()
+                optimizer.step()
+        return model
+
+    model = train(batch_size=ROWS)
+    found = torch.cat([p.detach().flatten() for p in model.parameters()])
+    of_first = found.clone()
+    dist.broadcast(of_first, 0)
+    assert torch.equal(found, of_first)  # torch sends the model of who went furthest
+    assert all(
+        (p - q).abs().max() > 0
+        for p, q in zip(model.parameters(), make_model().parameters(), strict=True)
+    )
+    for options in ({}, {"batch_size": ROWS, "shard_preconditioners": True}):
+        model = DistributedDataParallel(make_model())
+        optimizer = SIRFShampoo(model, **FAST, **options)
+        Join([model])
+        mean_loss(model, *batches(1)[0]).backward()
+        with pytest.raises(
+            RuntimeError, match=r"Join lets ranks.*'batch_size' as an i"
+        ):
+            optimizer.step()
 
 
 def pickles_of_shared() -> None:

@@ -39,6 +39,14 @@ def two() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def three() -> Iterator[Ranks]:
+    """Three ranks."""
+    ranks = Ranks(3)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
     """Four ranks."""
     ranks = Ranks(4)
@@ -151,6 +159,17 @@ def test_a_rank_that_fails_ends_the_others(
     assert seconds < 60
 
 
+@OWNED
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.heavy)])
+def test_a_rank_that_leaves_a_step_out_is_told_of(
+    tmp_path: Path, way: str, owned: bool
+) -> None:
+    case = partial(cases.one_skips, way, owned)
+    (told,), seconds = until_one_fails(case, 2, 4.0, 60.0, tmp_path)
+    assert "awaited batch size and missing gradients" in told
+    assert seconds < 60
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_model_built_on_meta(two: Ranks, before: bool) -> None:
     two.run(cases.built_on_meta, before=before)
@@ -173,8 +192,11 @@ def test_gradients_placed_otherwise(
         cases.pipeline,
         cases.own_training,
         cases.copies,
+        cases.without_anything_in_hand,
         cases.zero_redundancy,
         cases.pickles_of_shared,
+        cases.ranks_that_join,
+        cases.shards_that_cannot_be_owned,
     ],
 )
 def test_case(two: Ranks, case: Callable[[], None]) -> None:
@@ -189,31 +211,15 @@ def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None
     four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
 
 
-@OWNED
-@pytest.mark.parametrize("options", ["T=3", "momentum first"])
-@pytest.mark.parametrize("way", ["tp", "sp"])
-def test_examples_that_several_ranks_see_count_once(
-    two: Ranks, way: str, options: str, owned: bool
-) -> None:
-    two.run(cases.on_meshes, way=way, options=options, owned=owned)
-
-
-@OWNED
-@pytest.mark.parametrize("options", ["T=3", "momentum first"])
-@pytest.mark.parametrize("way", cases.WAYS_ON_MESHES)
-def test_examples_that_some_of_four_ranks_see_count_once(
-    four: Ranks, way: str, options: str, owned: bool
-) -> None:
-    four.run(cases.on_meshes, way=way, options=options, owned=owned)
-
-
 def test_two_trainings_on_two_pairs_of_ranks(four: Ranks) -> None:
     four.run(cases.two_trainings)
 
 
 @pytest.mark.heavy
-def test_strided_shards(four: Ranks) -> None:
-    four.run(cases.strided_shards)
+@OWNED
+@pytest.mark.parametrize("width", [7, 8])
+def test_strided_shards(four: Ranks, owned: bool, width: int) -> None:
+    four.run(cases.strided_shards, owned=owned, width=width)
 
 
 @pytest.mark.heavy
@@ -291,6 +297,18 @@ def test_a_file_of_one_rank_has_what_all_own(
     two.run(cases.resumed_from_one, way="ddp", owned=True, folder=str(tmp_path))
     two.run(cases.resumed_from_one, way="ddp", owned=False, folder=str(tmp_path))
     one.run(cases.resumed_from_one, way="alone", owned=False, folder=str(tmp_path))
+
+
+@WAYS
+def test_a_pair_of_owners_loads_without_the_others(four: Ranks, way: str) -> None:
+    four.run(cases.loaded_by_a_pair, way=way)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "flattened"])
+def test_a_checkpoint_of_other_settings_is_refused(
+    two: Ranks, tmp_path: Path, kind: str
+) -> None:
+    two.run(cases.other_settings, kind=kind, folder=str(tmp_path))
 
 
 @pytest.mark.heavy

@@ -95,9 +95,14 @@ def test_resumed_training_equals_uninterrupted_training(
     assert len(gradient_norms) == steps * (1.5 + len(result["differences"]) - 1)
     assert result["differences"].pop("resumed") == 0
     assert "resumed: parameters differ by 0.0 from the uninterrupted run" in printed
-    # The other ways in which a framework constructs the optimizer.
-    others = {"factory", "groups"} if name == "huggingface_trainer" else set()
-    assert result["differences"] == dict.fromkeys(others, 0)
+    # The other ways in which a framework constructs the optimizer; of groups, it cannot
+    # know which parameters embeddings look up.
+    if name == "huggingface_trainer":
+        assert result["differences"].pop("factory") == 0
+        assert result["differences"].pop("groups") > 0
+        loss = float(printed.partition("groups: loss ")[2].split()[0])
+        assert loss < result["losses"][0] / factor
+    assert not result["differences"]
 
 
 @pytest.mark.parametrize("name", RESUMING)

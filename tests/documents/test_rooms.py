@@ -28,7 +28,7 @@ ONLY: dict[str, set[str]] = {
     "_distributed": set(),
     "combiner": set(),
     "_method": {"structures"},
-    "recipe": {"_config"},
+    "recipe": {"_config", "combiner"},
 }
 """What the strict ones may import."""
 

@@ -115,12 +115,9 @@ def test_half_precision_parameters_follow_the_twin(
     assert_agree(twin, optimizer, tolerance(config, dtype))
 
 
-@pytest.mark.parametrize("rule", [LinearWeightBias, FlattenEmbedding])
-@each_choice
-def test_grouping_rules_follow_the_twin(
-    rule: type[PreconditionerGroup], structures: Any, place: Place
-) -> None:
-    model = nn.Sequential(
+def layers() -> nn.Module:
+    """Return what rules find."""
+    return nn.Sequential(
         nn.Embedding(7, 5),
         nn.Linear(5, 3),
         nn.Linear(3, 1),
@@ -129,10 +126,25 @@ def test_grouping_rules_follow_the_twin(
         nn.Linear(3, 2, bias=False),
         nn.LayerNorm(3),
     ).double()
+
+
+@pytest.mark.parametrize("rule", [LinearWeightBias, FlattenEmbedding])
+@each_choice
+def test_grouping_rules_follow_the_twin(
+    rule: type[PreconditionerGroup], structures: Any, place: Place
+) -> None:
     config = {**FAST, "structures": structures}
-    rules = (rule(), PerParameter())
-    twin, optimizer = follow(model, config, rules, place=place)
+    twin, optimizer = follow(layers(), config, (rule(), PerParameter()), place=place)
     assert_agree(twin, optimizer, 1e-12)
+
+
+@pytest.mark.parametrize("rule", [LinearWeightBias, FlattenEmbedding, PerParameter])
+def test_updates_of_a_size_follow_the_twin_under_any_rule(
+    rule: type[PreconditionerGroup],
+) -> None:
+    config = CONFIGS["all-options"]
+    twin, optimizer = follow(layers(), config, (rule(), PerParameter()))
+    assert_agree(twin, optimizer, 1e-10)
 
 
 @pytest.mark.parametrize("structures", STRUCTURES)

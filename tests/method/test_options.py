@@ -174,16 +174,39 @@ def test_no_direction_of_an_update_is_far_longer_than_the_others(
 ) -> None:
     r = min(shape)
     a, b = torch.randn(shape[0], 1), torch.randn(1, shape[1])
-    U = normalize_update((a @ b).unsqueeze(0))[0]
+    size = shape[0] ** 0.5
+    U = normalize_update((a @ b).unsqueeze(0), size=size)[0]
     # by its Schatten-4 norm alone it would be longer
     assert float(torch.linalg.matrix_norm(U, 2)) == pytest.approx(
         3 * (shape[0] / r) ** 0.5, rel=1e-4
     )
     flat = torch.linalg.qr(torch.randn(max(shape), r)).Q
     flat = flat if shape[0] > r else flat.T
-    U = normalize_update(1e-3 * flat.unsqueeze(0))[0]
+    U = normalize_update(1e-3 * flat.unsqueeze(0), size=size)[0]
     assert torch.allclose(U, (shape[0] / r) ** 0.5 * flat, atol=1e-4)
-    assert not normalize_update(torch.zeros(1, *shape)).any()
+    assert not normalize_update(torch.zeros(1, *shape), size=size).any()
+
+
+def test_of_what_an_embedding_looks_up_each_entry_counts() -> None:
+    tied = nn.Embedding(9, 4)
+    head = nn.Linear(4, 9)
+    head.weight = tied.weight
+    tables = [nn.Embedding(11, 6), nn.Embedding(5, 1), nn.EmbeddingBag(4, 7), tied]
+    model = nn.ModuleList([*tables, head, nn.Linear(6, 11)]).double()
+    before = {p: p.detach().clone() for p in model.parameters()}
+    config = {"lr": 1.0, "alpha1": 0.0, "normalize_update": True}
+    optimizer = SIRFShampoo(model, batch_size=1, **config)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    embedded = {id(table.weight) for table in tables}
+    for p, start in before.items():
+        U = start - p.detach()
+        size = U.numel() if id(p) in embedded else len(U) if U.ndim > 1 else 1
+        schatten4 = float(torch.linalg.svdvals(torch.atleast_2d(U)).norm(4))
+        assert schatten4 == pytest.approx(
+            (size / min(torch.atleast_2d(U).shape) ** 0.5) ** 0.5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,17 +248,27 @@ def test_factors_that_cannot_be_symmetric_are_refused(structure: str) -> None:
         SIRFShampoo(model, exponent=0.5, **arguments)
 
 
-def test_factors_of_another_exponent_are_not_loaded() -> None:
+@pytest.mark.parametrize("saved", [1.0, 0.75, 0.5])
+@pytest.mark.parametrize("loaded", [1.0, 0.75, 0.5])
+def test_factors_of_another_exponent_are_not_loaded(
+    saved: float, loaded: float
+) -> None:
     model = nn.Linear(4, 3)
-    whole = SIRFShampoo(model, batch_size=8, beta2=0.2)
+    first = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=saved)
     for seed in range(2):
         set_gradients(model, seed)
-        whole.step()
-    half = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=0.5)
-    before = half.state[model.weight]["K0.mat"].clone()
-    with pytest.raises(ValueError, match=r"symmetric factors for the exponent 0\.5"):
-        half.load_state_dict(whole.state_dict())
-    assert torch.equal(half.state[model.weight]["K0.mat"], before)
+        first.step()
+    other = SIRFShampoo(model, batch_size=8, beta2=0.2, exponent=loaded)
+    structures = [group["structures"] for group in other.param_groups]
+    before, learned = (o.state[model.weight]["K0.mat"].clone() for o in (other, first))
+    if saved == loaded:
+        other.load_state_dict(first.state_dict())
+        assert torch.equal(other.state[model.weight]["K0.mat"], learned)
+    else:
+        with pytest.raises(ValueError, match=rf"factors for the exponent {loaded}"):
+            other.load_state_dict(first.state_dict())
+        assert torch.equal(other.state[model.weight]["K0.mat"], before)
+    assert [group["structures"] for group in other.param_groups] == structures
 
 
 def test_cautious_decay_lets_weights_grow() -> None:

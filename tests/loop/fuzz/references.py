@@ -57,8 +57,8 @@ class OfTheTwin:
         self.model = deepcopy(model)
         names = {p: name for name, p in self.model.named_parameters()}
         units = [
-            ([names[p] for p in params], (params, group))
-            for params, group in find_units(self.model, case.rules)
+            ([names[p] for p in unit[0]], unit)
+            for unit in find_units(self.model, case.rules)
         ]
         held_back = (LATER,) if late else ()
         now = [unit for ns, unit in units if not is_of(ns[0], held_back)]
