@@ -7,8 +7,9 @@ from typing import Any
 from benchmarks.gpu.step import ratio
 from benchmarks.gpu.visit import read
 from benchmarks.tables import Grid
+from benchmarks.training import pictures
 from benchmarks.training.spaces import UNIT
-from benchmarks.training.summary import Entry, entries
+from benchmarks.training.summary import Entry, entries, lowest
 
 SHOWN = ("adamw", "muon", "soap", "kl-shampoo", "sirf-recipe", "sirf-recipe-bf16")
 """Contestants, in the order of the lines."""
@@ -91,11 +92,10 @@ def _note(results: Sequence[Result], timed: bool) -> str:
 def _loss(found: Mapping[str, Entry], name: str) -> str:
     """Format a test loss; the lowest of the lines shown is bold."""
     means = {n: found[n].mean("test") for n in SHOWN if n in found}
-    fit = {n: mean.mean for n, mean in means.items() if mean is not None}
-    if name not in fit:
+    if (mean := means.get(name)) is None:
         return "diverged" if name in means else "–"
-    text = f"{fit[name]:#.3g}"
-    return f"**{text}**" if fit[name] == min(fit.values()) else text
+    text = f"{mean.mean:#.3g}"
+    return f"**{text}**" if name == lowest(means) else text
 
 
 def _step(found: Mapping[str, Entry], name: str) -> str:
@@ -143,19 +143,11 @@ def picture(result: Result, path: Path) -> None:
         if e is None:
             continue
         width = 2.4 if name.startswith("sirf") else 1.6
-        columns = list(zip(*e.curves(), strict=True))
+        style = {"color": color, "linewidth": width, "label": e.title}
         for ax, xs in ((axes[0], e.points), (axes[1], e.seconds)):
-            if xs is None:
-                continue
-            ax.plot(xs, e.curve(), color=color, linewidth=width, label=e.title)
-            low, high = [min(c) for c in columns], [max(c) for c in columns]
-            ax.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
-    axes[0].set(xlabel="steps", ylabel="test loss", title="by step")
-    axes[1].set(xlabel="seconds of training", title="by the clock")
-    for ax in axes:
-        ax.set_xlim(left=0)
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
+            if xs is not None:
+                pictures.line(ax, e, xs, style)
+    pictures.label(axes, "seconds of training")
     axes[0].legend(frameon=False)
     figure.suptitle(result["title"], fontsize=11)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -60,16 +60,20 @@ def _adamw(**options: Any) -> "Builder":
     return build
 
 
+def hidden_matrices(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return what Muon's documentation gives to it, and what it leaves to AdamW."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        outside = p.ndim != 2 or "embedding" in name or "head" in name
+        if p.requires_grad:
+            (others if outside else matrices).append(p)
+    return matrices, others
+
+
 def _muon(model: nn.Module, spec: Mapping[str, Any], _: Any) -> Built:
-    """Give hidden matrices to Muon, the rest to AdamW, as Muon's documentation says."""
-    named = list(model.named_parameters())
-    hidden = {
-        name
-        for name, p in named
-        if p.ndim == 2 and not any(word in name for word in ("embedding", "head"))
-    }
-    matrices = [p for name, p in named if name in hidden]
-    others = [p for name, p in named if name not in hidden]
+    matrices, others = hidden_matrices(model)
     built: list[Optimizer] = []
     if matrices:
         built.append(torch.optim.Muon(matrices, lr=LR))

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -89,7 +89,7 @@ def soak(
         record["loss"].append(total.item() / (steps // SAMPLES))
         record["finite"].append(all(_finite(t) for t in _numbers(optimizer)))
         record["tensors"].append(living_tensors())
-        record["rss"].append(resident_bytes())
+        record["rss"].append(psutil.Process().memory_info().rss)
         after_sample(steps // SAMPLES)
     record["skipped"] = sum(int(s.get("skipped", 0)) for s in optimizer.state.values())
     return record | {"seconds": round(time.perf_counter() - start, 1)}
@@ -116,19 +116,6 @@ def living_tensors() -> int:
     gc.collect()
     # by type: `isinstance` would wake lazy objects that other modules keep
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-
-
-def resident_bytes() -> int:
-    """Return how much memory the process has in use, where the system tells.
-
-    Elsewhere it is the most that it ever had, which a leak raises, too.
-    """
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return getrusage(RUSAGE_SELF).ru_maxrss * unit
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def growth(record: dict[str, Any], what: str) -> int:

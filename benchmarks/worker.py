@@ -13,19 +13,18 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.clock import copy_rate, product_rate
 from benchmarks.memory import Peak, held_bytes
 from benchmarks.optimizers import BATCH_SIZE, build, sirfshampoo_options
 
 GRADIENT_SETS = 4
 COPY = "copy of 64 MiB, read + written, GB/s"
-MOST_SECONDS = 0.5  # for one rate
 PACKAGES = ("sirfshampoo", "singd", "pytorch-optimizer", "heavyball")
 
 
@@ -252,42 +251,16 @@ class Worker:
         for dtype in ("float32", "bfloat16"):
             for m, n, k in ((1024, 1024, 1024), (1024, 256, 256), (256, 256, 256)):
                 name = f"{dtype} {m}x{k} @ {k}x{n} Gflop/s"
-                machine[name] = self._product_rate(1, m, k, n, dtype)
-        source = torch.randn(2**24, device=self.device)
-        seconds = self._seconds(torch.empty_like(source).copy_, source)
-        machine[COPY] = 2 * source.nbytes / seconds / 1e9
+                machine[name] = product_rate(1, m, k, n, dtype, self.device)
+        machine[COPY] = copy_rate(2**24, self.device)
         own = {
-            f"{dtype} {number} of {d}x{d} @ {d}x{columns}": self._product_rate(
-                number, d, d, columns, dtype
+            f"{dtype} {number} of {d}x{d} @ {d}x{columns}": product_rate(
+                number, d, d, columns, dtype, self.device
             )
             for dtype in dtypes
             for number, d, columns in products
         }
         return {"machine": machine, "products": own}
-
-    def _product_rate(self, number: int, m: int, k: int, n: int, dtype: str) -> float:
-        """Return the Gflop/s of `number` products at once."""
-        kind: Any = {"dtype": getattr(torch, dtype), "device": self.device}
-        a = torch.randn(number, m, k, device=self.device).to(**kind)
-        b = torch.randn(number, k, n, device=self.device).to(**kind)
-        out = torch.empty(number, m, n, **kind)
-        if number == 1:  # not every backend passes a single one on to its best kernel
-            a, b, out = a[0], b[0], out[0]
-        seconds = self._seconds(torch.matmul, a, b, out=out)
-        return 2 * number * m * n * k / seconds / 1e9
-
-    def _seconds(self, function: Any, *args: Any, **kwargs: Any) -> float:
-        """Return the median time of some calls, after one that is not timed."""
-        times: list[float] = []
-        while len(times) < 3 or (len(times) < 8 and sum(times) < MOST_SECONDS):
-            if self.device != "cpu":
-                torch.cuda.synchronize()
-            start = perf_counter()
-            function(*args, **kwargs)
-            if self.device != "cpu":
-                torch.cuda.synchronize()
-            times.append(perf_counter() - start)
-        return median(times[1:])
 
 
 def _least_bytes(row: Any, T: int) -> float:

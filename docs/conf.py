@@ -45,6 +45,8 @@ html_math_renderer = "mathml"
 
 autoclass_content = "both"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as they are written, not what they are at runtime
+maximum_signature_line_length = 80
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -70,3 +70,11 @@ def product_rate(number: int, m: int, k: int, n: int, dtype: str, device: str) -
     finally:
         torch.set_float32_matmul_precision("highest")
     return 2 * number * m * n * k / seconds / 1e9
+
+
+def copy_rate(numbers: int, device: str) -> float:
+    """Return how much is read and written in a second, in GB."""
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    seconds = typical(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / seconds / 1e9

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.clock import product_rate, typical
+from benchmarks.gpu.clock import copy_rate, product_rate
 from benchmarks.gpu.visit import Visit, surroundings
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -35,14 +35,6 @@ def device_facts(device: str) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
         facts["driver_version"] = f"unknown: {error}"
     return facts
-
-
-def copy_rate(numbers: int, device: str) -> float:
-    """Return how much is read and written in a second, in GB."""
-    source = torch.ones(numbers, device=device)
-    target = torch.empty_like(source)
-    seconds = typical(lambda: target.copy_(source), device)
-    return 2 * source.nbytes / seconds / 1e9
 
 
 def run(visit: Visit) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks import environment
+from benchmarks.optimizers import hidden_matrices
 from sirfshampoo import GrowingInterval, SIRFShampoo, recipe
 
 Settings = Mapping[str, Any]
@@ -62,15 +63,7 @@ def _muon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
     unless it is given its own, `adamw_lr`.
     """
     adamw_lr = settings.pop("adamw_lr", settings["lr"])
-    outside = ("embedding", "head")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [
-        name
-        for name, p in named.items()
-        if p.ndim == 2 and not any(word in name for word in outside)
-    ]
-    matrices = [named[name] for name in hidden]
-    others = [p for name, p in named.items() if name not in hidden]
+    matrices, others = hidden_matrices(model)
     built: list[Optimizer] = []
     if matrices:
         built.append(

@@ -27,9 +27,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             "linestyle": "-" if ours else "--",
             "label": e.title,
         }
-        _line(axes[0], e, e.points, style)
+        line(axes[0], e, e.points, style)
         if e.seconds is not None:
-            _line(axes[1], e, e.seconds, style)
+            line(axes[1], e, e.seconds, style)
     lowest = min((min(map(min, e.curves())) for e in found), default=1.0)
     highest = max((e.curves()[0][0] for e in found), default=1.0)
     if lowest > 0:
@@ -40,20 +40,24 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes[0].yaxis.set_minor_formatter("{x:.3g}")
     else:
         axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes[0].set(xlabel="steps", ylabel="test loss", title="by step")
-    axes[1].set(xlabel="seconds of training, one thread", title="by the clock")
-    for ax in axes:
-        ax.grid(which="both", alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_xlim(left=0)
-    axes[1].set_xlim(left=0)
+    label(axes, "seconds of training, one thread")
     figure.suptitle(result["title"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
     figure.savefig(path, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def _line(ax: Any, e: Entry, xs: Any, style: Mapping[str, Any]) -> None:
+def label(axes: Any, seconds: str) -> None:
+    """Say what the two halves of a picture show."""
+    axes[0].set(xlabel="steps", ylabel="test loss", title="by step")
+    axes[1].set(xlabel=seconds, title="by the clock")
+    for ax in axes:
+        ax.set_xlim(left=0)
+        ax.grid(which="both", alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def line(ax: Any, e: Entry, xs: Any, style: Mapping[str, Any]) -> None:
     """Draw the mean over seeds, and the band from the lowest to the highest."""
     columns = list(zip(*e.curves(), strict=True))
     ax.plot(xs, e.curve(), **style)

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks import environment, results
 from benchmarks.training import summary, trial
 from benchmarks.training.spaces import CONTESTANTS
@@ -186,8 +188,8 @@ class Plan:
             seconds = found["seconds"].get(entry["name"])
             entry["why_no_seconds"] = found["failed"].get(entry["name"])
             entry["seconds"] = seconds and [
-                round(summary.interpolate(found["steps"], seconds, point), 4)
-                for point in result["points"]
+                round(x, 4)
+                for x in np.interp(result["points"], found["steps"], seconds).tolist()
             ]
 
 

@@ -11,10 +11,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import connection, forkserver, parent_process
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -50,22 +51,8 @@ def prepare(folders: Mapping[str, Path]) -> None:
     _CONTEXT.set_forkserver_preload(modules)
     places = os.pathsep.join(map(str, (ROOT, *folders.values())))
     variables = {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with _environment(variables):
+    with patch.dict(os.environ, variables):
         forkserver.ensure_running()
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for a while."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 class Process:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from benchmarks.training.spaces import Contestant
 
 Record = Mapping[str, Any]
@@ -95,6 +97,12 @@ class Mean:
         )
 
 
+def lowest(means: Mapping[Any, Mean | None]) -> Any:
+    """Return the key of the lowest mean, if there is any."""
+    fit = {key: mean.mean for key, mean in means.items() if mean is not None}
+    return min(fit, key=lambda key: fit[key], default=None)
+
+
 class Entry:
     """A contestant's results on one task, read from the JSON file."""
 
@@ -165,7 +173,7 @@ class Entry:
         """Return how long training takes until a step."""
         if self.seconds is None or math.isinf(step):
             return None
-        return interpolate(self.points, self.seconds, step)
+        return float(np.interp(step, self.points, self.seconds))
 
 
 def entries(result: Mapping[str, Any]) -> list[Entry]:
@@ -182,12 +190,3 @@ def first_below(points: Sequence[float], curve: Sequence[float], loss: float) ->
             share = (curve[i - 1] - loss) / (curve[i - 1] - curve[i])
             return points[i - 1] + share * (points[i] - points[i - 1])
     return math.inf
-
-
-def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Return the value at `x` of the line through points, `x` among them."""
-    for i in range(1, len(xs)):
-        if x <= xs[i]:
-            share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-            return ys[i - 1] + share * (ys[i] - ys[i - 1])
-    return ys[-1]

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.tables import Grid, where
 from benchmarks.training.builders import OURS
 from benchmarks.training.spaces import CONTESTANTS, ON_HELD_OUT, UNIT
-from benchmarks.training.summary import Entry, Mean, entries
+from benchmarks.training.summary import Entry, Mean, entries, lowest
 from benchmarks.training.tasks import HELD_OUT, TASKS
 
 Result = Mapping[str, Any]
@@ -41,22 +41,11 @@ def task(result: Result) -> Grid:
         )
         for e in found
     ]
-    return Grid(header, _bold(lines, _best(found)), task_notes(result))
-
-
-def _best(found: Sequence[Entry]) -> int | None:
-    """Return the position of the lowest mean test loss."""
-    means = [e.mean("test") for e in found]
-    fit = [i for i, mean in enumerate(means) if mean is not None]
-    return min(fit, key=lambda i: means[i].mean, default=None)  # type: ignore[union-attr]
-
-
-def _bold(lines: Sequence[tuple[str, ...]], best: int | None) -> list[tuple[str, ...]]:
-    """Print the first number of one line in bold."""
-    return [
-        (cells[0], f"**{cells[1]}**", *cells[2:]) if i == best else cells
-        for i, cells in enumerate(lines)
-    ]
+    best = lowest({i: e.mean("test") for i, e in enumerate(found)})
+    if best is not None:
+        title, loss, *rest = lines[best]
+        lines[best] = (title, f"**{loss}**", *rest)
+    return Grid(header, lines, task_notes(result))
 
 
 def _mean(mean: Mean | None) -> str:
@@ -162,8 +151,7 @@ def held_out(results: Sequence[Result]) -> Grid:
     for name in HELD_OUT:
         there = found.get(name, {})
         means = {who: e.mean("test") for who, e in there.items()}
-        fit = {who: m.mean for who in ON_HELD_OUT if (m := means.get(who))}
-        best = min(fit, key=lambda who: fit[who], default=None)
+        best = lowest({who: means.get(who) for who in ON_HELD_OUT})
         cells = {who: _held_out_cell(there.get(who)) for who in ON_HELD_OUT}
         if best is not None:
             cells[best] = f"**{cells[best]}**"
@@ -202,19 +190,23 @@ def _how_held_out(found: Mapping[str, Mapping[str, Entry]]) -> str:
     )
 
 
+def _by_task(
+    results: Sequence[Result],
+) -> tuple[dict[str, dict[str, Entry]], dict[str, str]]:
+    """Return the contestants of each task, and the titles of all."""
+    columns = {r["name"]: {e.name: e for e in entries(r)} for r in results}
+    return columns, {n: e.title for found in columns.values() for n, e in found.items()}
+
+
 def _matrix(
     results: Sequence[Result], measure: Callable[[Entry], Mean | None], note: str
 ) -> Grid:
     """Arrange one measure by contestant and task."""
-    columns = {r["name"]: {e.name: e for e in entries(r)} for r in results}
-    titles = {
-        name: e.title for column in columns.values() for name, e in column.items()
-    }
+    columns, titles = _by_task(results)
     cells: dict[str, dict[str, str]] = {name: {} for name in titles}
     for column, found in columns.items():
         means = {name: measure(e) for name, e in found.items()}
-        fit = {name: mean.mean for name, mean in means.items() if mean}
-        best = min(fit, key=lambda name: fit[name], default=None)
+        best = lowest(means)
         for name in titles:
             text = _mean(means[name]) if name in means else "–"
             cells[name][column] = f"**{text}**" if name == best else text
@@ -225,10 +217,7 @@ def _matrix(
 
 def time_to_adamw(results: Sequence[Result]) -> Grid:
     """Tell how soon every contestant is as good as AdamW at its best."""
-    columns = {r["name"]: {e.name: e for e in entries(r)} for r in results}
-    titles = {
-        name: e.title for column in columns.values() for name, e in column.items()
-    }
+    columns, titles = _by_task(results)
     lines = [
         (title, *(_relative(found, name) for found in columns.values()))
         for name, title in titles.items()
@@ -284,8 +273,7 @@ def batch_sizes(results: Sequence[Result]) -> Grid:
     lines = []
     for r, e in found:
         means = {f: e.mean("test", f) for f in e.factors()}
-        fit = {f: mean.mean for f, mean in means.items() if mean}
-        best = min(fit, key=lambda f: fit[f], default=None)
+        best = lowest(means)
         cells = {f: _mean(mean) for f, mean in means.items()}
         for f in means:
             if e.diverged(f)[0]:
