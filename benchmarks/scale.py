@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import environment, results
 from benchmarks.workloads import Shapes, gpt
+from sirfshampoo import recipe
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of
 from sirfshampoo._engine.units import Unit
@@ -33,7 +34,9 @@ RANKS = (8, 64, 1024)
 FACTORS = {
     "dense": {1: "diagonal", 2: "dense"},
     "block-diagonal": {1: "diagonal", 2: "block256diagonal"},
+    "the recipe": None,
 }
+"""Of all but vocabularies, which are diagonal; None: as the recipe chooses them."""
 T = 10
 
 MEASURED = "gpt64"
@@ -66,6 +69,23 @@ class Costs:
     work: float = 0.0
 
 
+def planned(shapes: Shapes, structures: Any) -> _Plan:
+    """Plan an optimizer, all in bfloat16; what it does late, of the recipe.
+
+    Args:
+        shapes: Those of the parameters.
+        structures: A value of `FACTORS`.
+    """
+    if structures is not None:
+        return _Plan(parameter_groups(shapes, structures, torch.bfloat16), batch_size=1)
+    own = recipe(nn.Linear(1, 1), batch_size=1) | {"T": T}
+    tensors = [
+        nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        for shape in shapes.values()
+    ]
+    return _Plan(tensors, **own | {"batch_size": 1})
+
+
 def parameter_groups(shapes: Shapes, structures: Any, dtype: torch.dtype) -> list[dict]:
     """Return groups: vocabularies are pre-conditioned by diagonals."""
     tensors = {
@@ -87,7 +107,7 @@ def predict(
     *,
     sharded: bool,
     owned: bool,
-    gathered: int = 1,
+    gathered: float = 1,
 ) -> list[Costs]:
     """Return what falls on each rank.
 
@@ -100,7 +120,7 @@ def predict(
         owned: Whether each pre-conditioner lies on one rank alone.
         gathered: How many tensors of each sharded parameter become whole: the gradient;
             where momenta come first, they, and the gradient in steps that update
-            factors.
+            factors, which is 1 + 1 / T on average.
     """
     if owned:
         units = with_owners(units, groups, [], ranks)
@@ -135,7 +155,7 @@ def _shard(p: Tensor, rank: int, ranks: int) -> int:
     return max(min(chunk, rows - rank * chunk), 0) * (p.numel() // rows)
 
 
-def _received(unit: Unit, p: Tensor, rank: int, ranks: int, gathered: int) -> int:
+def _received(unit: Unit, p: Tensor, rank: int, ranks: int, gathered: float) -> int:
     """Return the bytes that reach a rank for a parameter."""
     if not gathered:  # as it has become, from its owner
         numbers = p.numel() * (unit.owner not in (None, rank))
@@ -144,7 +164,7 @@ def _received(unit: Unit, p: Tensor, rank: int, ranks: int, gathered: int) -> in
     else:  # gradients to the owner, updates from it
         own = _shard(p, rank, ranks)
         numbers = gathered * (p.numel() - own) if unit.owner == rank else own
-    return numbers * p.element_size()
+    return round(numbers * p.element_size())
 
 
 # --- the table ------------------------------------------------------------------------
@@ -154,16 +174,17 @@ def records() -> Iterator[dict[str, Any]]:
         numbers = sum(map(prod, shapes.values()))
         training = 6 * numbers * TOKENS / RATE
         for name, structures in FACTORS.items():
-            groups = parameter_groups(shapes, structures, torch.bfloat16)
-            planned = _Plan(groups, batch_size=1)
+            plan = planned(shapes, structures)
+            first = plan._engine.variant.momentum_first
             for ranks in RANKS:
                 for owned in (False, True):
                     costs = predict(
-                        planned._engine.units,
-                        planned.param_groups,
+                        plan._engine.units,
+                        plan.param_groups,
                         ranks,
                         sharded=True,
                         owned=owned,
+                        gathered=1 + 1 / T if first else 1,
                     )
                     state = max(c.state + c.kept for c in costs)
                     work = max(c.work for c in costs)

@@ -114,7 +114,12 @@ def check_rule(rule: PreconditionerGroup) -> None:
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:
-    """Check that a parameter is of a type that can be trained."""
+    """Check that a parameter has a shape, and a type that can be trained."""
+    if is_lazy(parameter):
+        raise ValueError(
+            f"Argument 'params' must hold parameters with shapes, got one of a lazy "
+            f"layer for {name!r}: let the model see one batch first, model(inputs)."
+        )
     if parameter.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"Argument 'params' must hold parameters of types "

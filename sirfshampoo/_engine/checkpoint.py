@@ -113,9 +113,12 @@ def check_fit(
     """
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:
+            given = type(state_dict).__name__
+            if isinstance(state_dict, Mapping):
+                given += f" with {list(state_dict)[:8]}"
             raise ValueError(
                 f"Argument 'state_dict' must be a dict with the key '{key}', got "
-                f"{type(state_dict).__name__}."
+                f"{given}: give what the optimizer's state_dict() returned."
             )
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):

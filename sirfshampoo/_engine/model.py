@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 
 from sirfshampoo._config.arguments import check_rule
 from sirfshampoo._config.axes import SUPPORTED_DTYPES
@@ -24,6 +25,12 @@ class _NoModel(Module):
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         """Return the parameters."""
         return iter(self._given)  # type: ignore[arg-type]
+
+
+def _described(p: Tensor) -> str:
+    """Return what to call a parameter that the model does not have."""
+    shape = "unknown shape" if is_lazy(p) else f"shape {tuple(p.shape)}"
+    return f"a tensor of {shape} {OUTSIDE}"
 
 
 class KnownModel:
@@ -76,10 +83,7 @@ class KnownModel:
         """Return the parameters' names in the model."""
         known = () if self.module is None else self.module.named_parameters()
         names = {id(p): name for name, p in known}
-        return [
-            names.get(id(p), f"a tensor of shape {tuple(p.shape)} {OUTSIDE}")
-            for p in params
-        ]
+        return [names.get(id(p)) or _described(p) for p in params]
 
     def names_of_units(
         self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]

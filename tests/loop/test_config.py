@@ -408,3 +408,8 @@ def test_lazy_layers_have_to_see_a_batch_first(use: Any) -> None:
         use(net)
     net(torch.randn(2, 3))
     use(net)
+
+
+def test_lazy_parameters_alone_have_to_be_shaped_first() -> None:
+    with pytest.raises(ValueError, match="with shapes, got one of a lazy layer"):
+        SIRFShampoo(nn.LazyLinear(3).parameters(), batch_size=2)
