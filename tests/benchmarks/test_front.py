@@ -25,7 +25,7 @@ def test_the_lowest_loss_of_each_task_is_bold() -> None:
     for column in range(1, 1 + len(front.TASKS)):
         cells = [line[column] for line in grid.lines]
         (bold,) = [cell for cell in cells if cell.startswith("**")]
-        numbers = [float(cell.strip("*")) for cell in cells]
+        numbers = [float(cell.strip("*")) for cell in cells if cell != "–"]  # not run
         assert float(bold.strip("*")) == min(numbers)
 
 
