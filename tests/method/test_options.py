@@ -450,7 +450,7 @@ def test_the_recipe_serves_parameters_without_their_model() -> None:
     optimizer = SIRFShampoo(model.parameters(), batch_size=8, **given)
     assert len(optimizer.param_groups) == 2
     assert SIRFShampoo(model.parameters(), **given).batch_size == 8
-    with pytest.raises(ValueError, match="Or pass the model itself"):
+    with pytest.raises(ValueError, match="or the model itself as the first"):
         SIRFShampoo(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="Pass the model itself"):
         SIRFShampoo(model.parameters(), list(model.parameters()), batch_size=8)
