@@ -3,6 +3,7 @@
 from sirfshampoo._report.rival import warn_of_rival
 from sirfshampoo.combiner import (
     FlattenEmbedding,
+    FlattenKernel,
     LinearWeightBias,
     PerParameter,
     PreconditionerGroup,
@@ -13,6 +14,7 @@ from sirfshampoo.summary import Summary, summary
 
 __all__ = [
     "FlattenEmbedding",
+    "FlattenKernel",
     "GrowingInterval",
     "LinearWeightBias",
     "PerParameter",

@@ -10,6 +10,7 @@ from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
 __all__ = [
     "FlattenAndConcatenate",
     "FlattenEmbedding",
+    "FlattenKernel",
     "LinearWeightBias",
     "PerParameter",
     "PreconditionerGroup",
@@ -148,6 +149,32 @@ class PerParameter(PreconditionerGroup):
         """
         (shape,) = tensor_shapes
         return [grouped_tensor.reshape(shape)]
+
+
+class FlattenKernel(PerParameter):
+    """Give each parameter a pre-conditioner of its own, with one for a kernel's pixels.
+
+    The weight of a convolution, ``[out, in, height, width]``, becomes a tensor of three
+    axes, ``[out, in, height · width]``: fewer, less tiny factors than with one for each
+    axis. Others are as with `PerParameter`.
+
+    Example:
+        >>> weight = torch.nn.Conv2d(3, 8, 5).weight
+        >>> FlattenKernel().group([weight]).shape
+        torch.Size([8, 3, 25])
+    """
+
+    def group(self, tensors: list[Tensor]) -> Tensor:
+        """Join all axes from the third on; squeeze axes of size 1.
+
+        Args:
+            tensors: A list with one tensor.
+
+        Returns:
+            The tensor with three axes at most, without axes of size 1.
+        """
+        (tensor,) = tensors
+        return _squeeze(tensor.flatten(2) if tensor.ndim > 3 else tensor)
 
 
 class LinearWeightBias(PreconditionerGroup):

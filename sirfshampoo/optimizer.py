@@ -338,11 +338,11 @@ class SIRFShampoo(UnitOptimizer):
         """Return what is to be done, the batch size, and in which precision."""
         units = self._units()
         present, counted = self._engine.agree(self._batch_size.counted())
-        moving = [u for u, has in zip(units, present, strict=True) if any(has)]
         batch_size = 0
+        moving = (unit for unit, has in zip(units, present, strict=True) if any(has))
         if any(unit.dims.numel() for unit in moving):
             batch_size = self._batch_size.read(counted)
-        if not all(self.state.get(unit.params[0]) for unit in moving):
+        if any(True in present[i] for i in self._engine.at_rest):
             self._allocate()  # some were frozen
         if self.debug:
             warn_of_non_finite_gradients(units, self._unit_names())

@@ -98,6 +98,12 @@ def tensor_itself(grads: Sequence[Tensor]) -> Tensor:
     return squeeze(grads[0])
 
 
+def pixels_on_one_axis(grads: Sequence[Tensor]) -> Tensor:
+    """FlattenKernel."""
+    (G,) = grads
+    return squeeze(G.reshape(*G.shape[:2], -1) if G.ndim > 3 else G)
+
+
 def weight_with_bias_as_last_column(grads: Sequence[Tensor]) -> Tensor:
     """LinearWeightBias."""
     weight, bias = grads
@@ -140,6 +146,8 @@ def find_units(
         found: list[tuple[list[Any], Callable]] = []
         if rule == "PerParameter":
             found = [([p], tensor_itself) for p in model.parameters()]
+        if rule == "FlattenKernel":
+            found = [([p], pixels_on_one_axis) for p in model.parameters()]
         for layer in model.modules():
             if rule == "LinearWeightBias" and isinstance(layer, nn.Linear):
                 pair = [layer.weight, layer.bias]

@@ -176,7 +176,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "sirf-bf16-T10": Contestant(
         "SIRFShampoo, dense, bfloat16, T = 10", "sirfshampoo", _OURS | _BF16 | {"T": 10}
     ),
-    # An interval that grows: min(max(⌊√step / 3⌋, 1), 10).
+    # An interval that grows: min(max(⌊√step / 2⌋, 1), 10).
     "sirf-growing": Contestant(
         "SIRFShampoo, dense, T growing to 10",
         "sirfshampoo",

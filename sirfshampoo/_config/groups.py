@@ -73,7 +73,7 @@ OPTIONS = tuple(_CHECKS)
 CYCLED_MOMENTUM = "momentum"
 
 #: The options that are numbers; of these, the learning rate may stay a tensor.
-_NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
+NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
 
 
 def own_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def own_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a group's numbers that are tensors as numbers."""
-    tensors = {n: group[n] for n in _NUMBERS if isinstance(group.get(n), Tensor)}
+    tensors = {n: group[n] for n in NUMBERS if isinstance(group.get(n), Tensor)}
     return {name: tensor.item() for name, tensor in tensors.items()}
 
 

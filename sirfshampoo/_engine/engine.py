@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sirfshampoo._config.groups import NUMBERS
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, is_dtensor, local
+from sirfshampoo._engine.costs import interval_of
 from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.owners import Owners
 from sirfshampoo._engine.plan import Settings, Task, plan_stack
 from sirfshampoo._engine.relay import Relay
+from sirfshampoo._engine.snapshot import Snapshot
 from sirfshampoo._engine.spread import Phases
 from sirfshampoo._engine.stacks import Stack, State, stack_units
 from sirfshampoo._engine.step import Everywhere, Route
@@ -38,6 +42,7 @@ class Engine:
         owners: Which rank holds which pre-conditioner; None: each rank holds all.
         units: The units, one a parameter group.
         workspace: Memory for what is needed within a step.
+        at_rest: The numbers of the units that have no state yet, as they are frozen.
     """
 
     def __init__(
@@ -59,14 +64,17 @@ class Engine:
         self.variant, self.ranks, self.owners = variant, ranks, owners
         self.units: list[Unit] = []
         self.workspace = Workspace()
+        self.at_rest: list[int] = []
         self._allocates = allocates
         self._stacks: list[Stack] | None = None
+        self._snapshot: Snapshot | None = None  # of what these were built from
         self._phases = Phases()
         self._told_of_rest = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; stacks are rebuilt from the state."""
-        return {**vars(self), "_stacks": None, "workspace": Workspace()}
+        rebuilt = {"_stacks": None, "_snapshot": None, "workspace": Workspace()}
+        return vars(self) | rebuilt
 
     @property
     def momentum(self) -> str:
@@ -107,6 +115,8 @@ class Engine:
         Raises:
             ValueError: If they have other shapes.
         """
+        if self._snapshot is not None and self._snapshot.are_in(groups):
+            return self.units
         for i, (unit, group) in enumerate(zip(self.units, groups, strict=True)):
             params = tuple(group["params"])
             if len(params) == len(unit.params) and all(map(is_, params, unit.params)):
@@ -145,14 +155,13 @@ class Engine:
             None if self.owners is None else self.owners.exchange,
         )
         self._stacks = []
+        wanted = {unit.group: unit for unit in self.units if unit.is_wanted(state)}
+        self.at_rest = [u.group for u in self.units if u.group not in wanted]
         if self._allocates:
             phases = self.phases(groups)
             self._stacks = stack_units(
                 # rows that are updated in the same steps are neighbours
-                sorted(
-                    (unit for unit in self.units if unit.is_wanted(state)),
-                    key=lambda unit: phases[unit.group],
-                ),
+                sorted(wanted.values(), key=lambda unit: phases[unit.group]),
                 groups,
                 state,
                 step=step,
@@ -160,21 +169,28 @@ class Engine:
                 initial_factors=self.variant.initial_factors,
                 momentum=self.momentum,
             )
+        self._snapshot = Snapshot(self.units, state)
         return self._stacks
 
     def stacks(
         self, groups: Sequence[Group], state: dict[Tensor, State], step: int
     ) -> list[Stack]:
         """Return the stacks, rebuilt if the state or a momentum asks for it."""
-        known = self._stacks
-        if known is None or not all(stack.is_current(state, groups) for stack in known):
+        known, snapshot = self._stacks, self._snapshot
+        if known is None or snapshot is None:
             return self.restack(groups, state, step)
+        stands = snapshot.is_of(state)
+        doubtful = [s for s in known if s.lacks_momenta] if stands else known
+        if not all(stack.is_current(state, groups) for stack in doubtful):
+            return self.restack(groups, state, step)
+        if not stands:  # someone has put something beside
+            self._snapshot = Snapshot(self.units, state)
         return known
 
     def count(self, steps: int) -> None:
         """Add steps to the counters in the state."""
-        for stack in self._stacks or []:
-            stack.step.add_(steps)
+        if self._stacks:
+            torch._foreach_add_([stack.step for stack in self._stacks], steps)
 
     def factors(self, stacks: Sequence[Stack]) -> list[list[StructuredMatrix]]:
         """Return the factors of each unit, as views; none of what lies elsewhere."""
@@ -212,7 +228,7 @@ class Engine:
             )
         ]
 
-    def agree(self, counted: int | None) -> tuple[list[list[bool]], int]:
+    def agree(self, counted: int | None) -> tuple[list[tuple[bool, ...]], int]:
         """Return what all ranks know alike before a step.
 
         Args:
@@ -224,21 +240,27 @@ class Engine:
         """
         if self.owners is not None:
             self.owners.check_caller(self.units)
-        flags = [has for unit in self.units for has in unit.gradients_present()]
-        params = (p for unit in self.units for p in unit.params)
+        params = [p for unit in self.units for p in unit.params]
+        gradients = [p.grad for p in params]
+        flags = [gradient is not None for gradient in gradients]
+        if any([G.layout is not torch.strided for G in gradients if G is not None]):
+            for unit in self.units:
+                unit.check_gradients()
         everywhere, total = self.ranks.agree(flags, counted, params)
         if everywhere and not any(everywhere) and not self._told_of_rest:
             self._told_of_rest = True  # once is enough
             warn_of_rest()
+        if all(everywhere):
+            return [(True,) * len(unit.params) for unit in self.units], total
         known = iter(everywhere)
-        return [[next(known) for _ in unit.params] for unit in self.units], total
+        return [tuple([next(known) for _ in u.params]) for u in self.units], total
 
     def plan(
         self,
         groups: Sequence[Group],
         state: dict[Tensor, State],
         step: int,
-        present: Sequence[Sequence[bool]],
+        present: Sequence[tuple[bool, ...]],
     ) -> list[Task]:
         """Return what a step does.
 
@@ -248,19 +270,25 @@ class Engine:
             step: The global step.
             present: Whether each parameter of each unit has a gradient, on every rank.
         """
-        settings = [
-            Settings.of_group(
-                group,
-                absent=tuple(j for j, has in enumerate(has_gradient) if not has),
-                due=due,
-                variant=self.variant,
-            )
-            if any(has_gradient) and unit.dims.numel()
-            else None
-            for unit, group, due, has_gradient in zip(
-                self.units, groups, self._due(groups, step), present, strict=True
-            )
-        ]
+        known: dict[Any, Settings] = {}  # groups mostly differ in nothing
+        settings: list[Settings | None] = []
+        numbers = map(itemgetter(*NUMBERS), groups)
+        due_of = self._due(groups, step)
+        for unit, group, of_group, due, has in zip(
+            self.units, groups, numbers, due_of, present, strict=True
+        ):
+            if True not in has or 0 in unit.dims:
+                settings.append(None)
+                continue
+            key = (*of_group, interval_of(group), has, due)
+            found = None if isinstance(of_group[0], Tensor) else known.get(key)
+            if found is None:
+                absent = tuple(j for j, has_one in enumerate(has) if not has_one)
+                found = Settings.of_group(
+                    group, absent=absent, due=due, variant=self.variant
+                )
+                known[key] = found
+            settings.append(found)
         stacks = self.stacks(groups, state, step)
         return [task for s in stacks for task in plan_stack(s, settings, groups)]
 

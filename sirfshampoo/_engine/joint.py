@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from sirfshampoo._distributed import is_dtensor, local, whole_rows
 from sirfshampoo._engine.units import Unit
-from sirfshampoo.combiner import PerParameter
+from sirfshampoo.combiner import FlattenKernel, PerParameter
+
+#: What only gives one tensor another shape; rows may then stay together.
+_RESHAPES = (PerParameter.group, FlattenKernel.group)
 
 
 def joint_gradients(units: Sequence[Unit], absent: Collection[int] = ()) -> Tensor:
@@ -41,8 +44,8 @@ def whole_zeros(rows: int, like: Tensor) -> Tensor:
 def joined(units: Sequence[Unit], wholes: Sequence[Tensor]) -> Tensor:
     """Join whole gradients of each of a unit's parameters, ``[rows, *shape]`` each."""
     rule = units[0].rule
-    if type(rule).group is PerParameter.group:
-        return wholes[0].reshape(len(units), *units[0].dims)
+    if type(rule).group in _RESHAPES:
+        return _shaped(wholes[0], units[0].dims)
     return stacked([rule.group(list(row)) for row in zip(*wholes, strict=True)])
 
 
@@ -55,6 +58,11 @@ def scattered(units: Sequence[Unit], U: Tensor) -> list[Tensor]:
     """Cut ``[rows, *dims]`` back into ``[rows, *shape]`` of each of the parameters."""
     shapes, rule = [p.shape for p in units[0].params], units[0].rule
     if type(rule).ungroup is PerParameter.ungroup:
-        return [U.reshape(len(units), *shapes[0])]
+        return [_shaped(U, shapes[0])]
     rows = [rule.ungroup(row, shapes) for row in U.unbind(0)]
     return [stacked(list(pieces)) for pieces in zip(*rows, strict=True)]
+
+
+def _shaped(rows: Tensor, shape: Size) -> Tensor:
+    """Return ``[rows, *shape]`` with the numbers of ``[rows, *other shape]``."""
+    return rows if rows.shape[1:] == shape else rows.reshape(len(rows), *shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sirfshampoo._engine.costs import squaring_pays
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method.preconditioner import Form, Preconditioner
 from sirfshampoo.structures import StructuredMatrix
+
+Matrix = TypeVar("Matrix", StructuredMatrix, Preconditioner)
 
 
 class Preparation(NamedTuple):
@@ -38,10 +40,12 @@ class KeptProducts:
         self._kept: list[Preconditioner] | None = None
         self._outdated: set[int] = set()
         self._version = -1  # of the factors when that was last noted
+        self._fields = [t for K_n in K for t in K_n.tensors()]
+        self._forms_of: dict[int, list[Form]] = {}
 
     def _present_version(self) -> int:
         """Return a number that changes with the numbers in the factors."""
-        return sum(t._version for K_n in self._K for t in K_n.tensors())
+        return sum([t._version for t in self._fields])
 
     def look_for_writes(self) -> None:
         """Take all rows as changed if someone else has written into the factors.
@@ -100,10 +104,15 @@ class KeptProducts:
                 if kept.is_copy:  # axis by axis: little memory is needed beside it
                     fresh = Preconditioner.prepare(K_n[run], kept.form)
                     kept[run].copy_(fresh)
-        return [kept[rows] for kept in self._kept]
+        return [self._part(kept, rows) for kept in self._kept]
 
     def _forms(self, interval: int) -> list[Form]:
         """Return the form of each axis; K Kᵀ is formed where that pays."""
+        if interval not in self._forms_of:
+            self._forms_of[interval] = self._forms_for(interval)
+        return self._forms_of[interval]
+
+    def _forms_for(self, interval: int) -> list[Form]:
         size, unit = self._unit.dims.numel(), self._unit
         return [
             Form(
@@ -118,11 +127,14 @@ class KeptProducts:
         ]
 
     def _prepare(self, rows: slice, forms: Sequence[Form]) -> list[Preconditioner]:
-        whole = rows.stop - rows.start == self._rows
         return [
-            Preconditioner.prepare(K_n if whole else K_n[rows], form)
+            Preconditioner.prepare(self._part(K_n, rows), form)
             for K_n, form in zip(self._K, forms, strict=True)
         ]
+
+    def _part(self, matrix: Matrix, rows: slice) -> Matrix:
+        """Return a run of rows; of all rows: the matrix as it is."""
+        return matrix if rows.stop - rows.start == self._rows else matrix[rows]
 
 
 def _runs(numbers: set[int]) -> Iterator[slice]:

@@ -15,6 +15,7 @@ from sirfshampoo._distributed import (
 )
 from sirfshampoo._engine.joint import stacked
 from sirfshampoo._engine.units import Unit
+from sirfshampoo._method.descent import add_each_
 
 #: What the state calls a momentum: of pre-conditioned gradients, as torch's optimizers
 #: do; and of gradients, which is another thing in another size.
@@ -48,24 +49,34 @@ def shards_of_gradients(units: Sequence[Unit], j: int) -> Tensor:
     Ranks communicate if a gradient is distributed otherwise than its parameter, as one
     that is yet to be summed.
     """
-    pairs = [(unit.params[j].grad, unit.params[j]) for unit in units]
-    return stacked([local_like(G, p).to(p.dtype) for G, p in pairs])  # type: ignore[arg-type]
+    params = [unit.params[j] for unit in units]
+    found: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+    if is_dtensor(params[0]):
+        found = [local_like(G, p) for G, p in zip(found, params, strict=True)]
+    return stacked(found).to(params[0].dtype)
 
 
-def ahead(V: Tensor, G: Tensor, *, alpha1: float, nesterov: bool) -> Tensor:
+def ahead(
+    V: Sequence[Tensor], G: Sequence[Tensor], *, alpha1: float, nesterov: bool
+) -> list[Tensor]:
     """Return what is pre-conditioned where momenta come first; V stays as it is.
 
     Args:
-        V: The momentum of a parameter of the rows, ``[rows, *shape]``.
-        G: Its gradients, ``[rows, *shape]``.
+        V: Momenta of parameters, ``[rows, *shape]`` each.
+        G: Their gradients, ``[rows, *shape]``.
         alpha1: Momentum.
         nesterov: Whether to look ahead along the new momentum.
 
     Returns:
         alpha1 · V + G; or, ahead of it, G + alpha1 · (alpha1 · V + G).
     """
-    new = torch.add(G, V, alpha=alpha1)
-    return new.mul_(alpha1).add_(G) if nesterov else new
+    if not nesterov:
+        return [
+            torch.add(G_i, V_i, alpha=alpha1) for G_i, V_i in zip(G, V, strict=True)
+        ]
+    new = [G_i * (1 + alpha1) for G_i in G]
+    add_each_(new, V, alpha=alpha1**2)
+    return new
 
 
 def whole_momenta(V: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,13 @@ from sirfshampoo._config.variant import Variant
 from sirfshampoo._engine.costs import interval_of
 from sirfshampoo._engine.joint import stacked
 from sirfshampoo._engine.kept import Preparation
-from sirfshampoo._engine.momenta import ahead
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.structures import StructuredMatrix
+
+#: How many numbers the gradients of stacks that are treated together have: with more,
+#: the arithmetic takes longer than the calls, and leaves a CPU's caches.
+_MOST_NUMBERS = 1 << 19
 
 
 class Settings(NamedTuple):
@@ -63,15 +66,11 @@ class Task:
 
     stack: Stack
     rows: slice
+    units: Sequence[Unit]  # one a row
     settings: Settings
     preparation: Preparation
     lrs: list[Tensor]  # of the rows, where learning rates are tensors
     skipped: Tensor  # of the rows
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        """The units, one a row."""
-        return self.stack.units[self.rows]
 
     @property
     def K(self) -> list[StructuredMatrix]:
@@ -85,24 +84,23 @@ class Task:
         return None if m is None else self.stack.part(m, self.rows)
 
     @property
-    def V(self) -> list[Tensor]:
+    def V(self) -> Sequence[Tensor]:
         """The momentum of each of a unit's parameters; none if there are none."""
-        return [V_j[self.rows] for V_j in self.stack.V or []]
+        return self.stack.part(self.stack.V or [], self.rows)
 
     @property
     def averages_gradients(self) -> bool:
         """Whether momenta average gradients, which are then pre-conditioned."""
         return self.settings.variant.momentum_first and self.stack.V is not None
 
-    def ahead(self, j: int, G: Tensor) -> Tensor:
-        """Return what is pre-conditioned of the j-th parameters, where they lie."""
-        how = self.settings.variant.nesterov
-        return ahead(self.V[j], G, alpha1=self.settings.alpha1, nesterov=how)
+    @property
+    def present(self) -> list[int]:
+        """The positions of the parameters that have a gradient, and move."""
+        positions = range(len(self.units[0].params))
+        return [j for j in positions if j not in self.settings.absent]
 
-    def rate(self, device: torch.device) -> float | Tensor:
-        """Return the learning rate, or those of the rows, ``[rows]``."""
-        if self.settings.lr is not None:
-            return self.settings.lr
+    def rates(self, device: torch.device) -> Tensor:
+        """Return the learning rates of the rows, ``[rows]``, where they are tensors."""
         return stacked([lr.reshape(()).to(device) for lr in self.lrs])
 
 
@@ -122,14 +120,45 @@ def plan_stack(
     tasks = []
     for rows, shared in _runs(stack, settings):
         interval = 1 if stack.elementwise else shared.interval
-        preparation = stack.products.for_once()
         if stack.held:
             preparation = stack.products.plan(rows, interval, due=shared.due)
+        else:
+            preparation = stack.products.for_once()
+        units = stack.units[rows]
         lrs = []
         if shared.lr is None:
-            lrs = [groups[unit.group]["lr"] for unit in stack.units[rows]]
-        tasks.append(Task(stack, rows, shared, preparation, lrs, stack.skipped[rows]))
+            lrs = [groups[unit.group]["lr"] for unit in units]
+        (skipped,) = stack.part([stack.skipped], rows)
+        tasks.append(Task(stack, rows, units, shared, preparation, lrs, skipped))
     return tasks
+
+
+def batches(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Return tasks that are treated together: calls cost more than small tensors.
+
+    They have settings and types in common, and gradients of a few MiB in all.
+    """
+    found: list[list[Task]] = []
+    open_ones: dict[Any, tuple[list[Task], int]] = {}
+    for task in tasks:
+        first = task.units[0].params[0]
+        settings = task.settings
+        key = (
+            settings.lr,
+            settings.alpha1,
+            settings.kappa,
+            task.averages_gradients,
+            first.device,
+            first.dtype,
+        )
+        size = len(task.units) * task.units[0].dims.numel()
+        batch, numbers = open_ones.get(key, ([], 0))
+        if not batch or numbers + size > _MOST_NUMBERS:
+            batch, numbers = [], 0
+            found.append(batch)
+        batch.append(task)
+        open_ones[key] = batch, numbers + size
+    return found
 
 
 def _runs(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sirfshampoo._distributed import Exchange, is_dtensor
 from sirfshampoo._engine.joint import joined, whole_zeros
-from sirfshampoo._engine.momenta import shards_of_gradients
+from sirfshampoo._engine.momenta import ahead, shards_of_gradients
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
-from sirfshampoo._engine.step import descend_rows
+from sirfshampoo._engine.step import Update, descend_rows
+from sirfshampoo._method.descent import scale_rows
 from sirfshampoo._method.rows import unless_all
 from sirfshampoo.structures.base import per_matrix
 
@@ -36,7 +37,7 @@ class Relay:
         self._gradients: Iterator[Tensor] = iter(())
         self._results: list[Tensor] = []
 
-    def in_turn(self, tasks: Sequence[Task]) -> Iterator[Task]:
+    def in_turn(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
         """Yield the tasks of this rank; ranks communicate before and after each."""
         planned = _rounds_of(tasks)
         arriving = self._send_gradients(planned[0]) if planned else None
@@ -47,7 +48,7 @@ class Relay:
             if i + 1 < len(planned):
                 arriving = self._send_gradients(planned[i + 1])
             self._results = []
-            yield from (task for task in of_round if task.stack.held)
+            yield from ([task] for task in of_round if task.stack.held)
             sent = self._send_results(of_round)
             if finish is not None:
                 finish()
@@ -55,8 +56,11 @@ class Relay:
         if finish is not None:
             finish()
 
-    def gather(self, task: Task) -> tuple[Tensor, Tensor]:
+    def gather(self, tasks: Sequence[Task]) -> list[tuple[Tensor, Tensor]]:
         """Return what factors learn from, and what they pre-condition."""
+        return [self._joined(task) for task in tasks]
+
+    def _joined(self, task: Task) -> tuple[Tensor, Tensor]:
         units, of_params = task.units, []
         for j, first in enumerate(units[0].params):
             if j in task.settings.absent:
@@ -69,17 +73,15 @@ class Relay:
         learned, ahead_of = zip(*of_params, strict=True)
         return joined(units, learned), joined(units, ahead_of)
 
-    def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
+    def deliver(self, updates: Sequence[Update]) -> None:
         """Have whole parameters descend; keep what is for shards until it is sent."""
-        for j, U_j in enumerate(U):
-            if j in task.settings.absent:
-                continue
-            if not is_dtensor(task.units[0].params[j]):
-                descend_rows(task, j, U_j, moves)
-                continue
+        descend_rows([update for update in updates if not is_dtensor(update.first)])
+        for _, _, U, scale, moves in (u for u in updates if is_dtensor(u.first)):
+            if scale is not None:
+                scale_rows([U], scale)
             if moves is not None:  # where shards are, this tells to rest
-                U_j.masked_fill_(per_matrix(~moves, U_j), float("nan"))
-            self._results.append(U_j)
+                U.masked_fill_(per_matrix(~moves, U), float("nan"))
+            self._results.append(U)
 
     def _send_gradients(self, tasks: Sequence[Task]) -> Callable[[], list[Tensor]]:
         """Bring shards of gradients together; return what waits for those it owns."""
@@ -111,7 +113,7 @@ class Relay:
                 for j, _ in _params(task, distributed=True):
                     U = next(arrived)
                     moves = unless_all(U.flatten(1).isfinite().all(1))
-                    descend_rows(task, j, U, moves)
+                    descend_rows([Update(task, j, U, None, moves)])
 
         return finish
 
@@ -137,7 +139,9 @@ def _wanted(task: Task, j: int) -> list[Tensor]:
     G = shards_of_gradients(task.units, j)
     if not task.averages_gradients:
         return [G]
-    return [G, task.ahead(j, G)][-_kinds(task) :]
+    alpha1, variant = task.settings.alpha1, task.settings.variant
+    V = ahead([task.V[j]], [G], alpha1=alpha1, nesterov=variant.nesterov)
+    return [G, *V][-_kinds(task) :]
 
 
 def _sharded(tasks: Iterable[Task]) -> list[tuple[int, list[Tensor]]]:

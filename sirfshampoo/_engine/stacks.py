@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from operator import is_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sirfshampoo.structures import StructuredMatrix, structure_class
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
 State = dict[str, Tensor]
+Rows = TypeVar("Rows", Tensor, StructuredMatrix)
 
 #: How many numbers a stack of several units may work on. Many small products are faster
 #: as one batched product; large ones gain nothing on a CPU, but lose the copy of their
@@ -99,7 +101,7 @@ class Stack:
 
         self._kinds = [(p.device, p.dtype) for p in first.params]
         self.elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
-        self._placed: list[tuple[Tensor, str, Tensor]] = []
+        self._placed: list[tuple[Tensor, State]] = []
         self.products = KeptProducts(self.K, first)
 
     @property
@@ -111,6 +113,17 @@ class Stack:
     def owner(self) -> int:
         """The rank that owns the factors, where ranks share them."""
         return self.units[0].owner or 0
+
+    @property
+    def may_start(self) -> bool:
+        """Whether factors of some rows may be 0 yet, as far as is known here."""
+        is_told = device.is_at_hand(self.skipped) and not self._are_shared
+        return bool(self.starting) or not is_told
+
+    @property
+    def lacks_momenta(self) -> bool:
+        """Whether factors or parameters have no momenta, for which a group may ask."""
+        return self.m is None or self.V is None
 
     # ------------------------------------------------------------------------ state
 
@@ -140,7 +153,7 @@ class Stack:
 
     def place(self, state: dict[Tensor, State]) -> None:
         """Take over the numbers in the optimizer's state and leave the rows there."""
-        self._placed = []
+        placed: dict[Tensor, State] = {}
         if self._are_shared and any("K0" in _prefixes(state, u) for u in self.units):
             self.starting.clear()  # what has started is known to the owner alone
         for row, position, key, view, held in self._rows():
@@ -151,7 +164,8 @@ class Stack:
             if held and known is not None and not known.is_meta:
                 fill(view, known)
             state[p][key] = view
-            self._placed.append((p, key, view))
+            placed.setdefault(p, {})[key] = view
+        self._placed = list(placed.items())
         if self.starting and not self._are_shared and not self.skipped.is_meta:
             self._look_for_started()
 
@@ -195,16 +209,12 @@ class Stack:
                 self.V is None and group["alpha1"]
             ):
                 return False
-        return all(
-            p in state and state[p].get(key) is view for p, key, view in self._placed
-        )
+        return all([_holds(state.get(p), placed) for p, placed in self._placed])
 
-    def part(
-        self, matrices: list[StructuredMatrix], rows: slice
-    ) -> list[StructuredMatrix]:
-        """Return a run of rows of a matrix a axis; of all rows: the matrices."""
+    def part(self, stacked: list[Rows], rows: slice) -> list[Rows]:
+        """Return a run of rows of what has a row a unit; of all rows: as it is."""
         whole = rows.stop - rows.start == len(self.units)
-        return matrices if whole else [matrix[rows] for matrix in matrices]
+        return stacked if whole else [each[rows] for each in stacked]
 
 
 def stack_units(
@@ -266,6 +276,13 @@ def stack_units(
             stack.place(state)
             stacks.append(stack)
     return stacks
+
+
+def _holds(entries: State | None, placed: State) -> bool:
+    """Return whether entries of the state are the tensors that were placed there."""
+    if entries is None:
+        return False
+    return all(map(is_, map(entries.get, placed), placed.values()))
 
 
 def _prefixes(state: dict[Tensor, State], unit: Unit) -> set[str]:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from sirfshampoo._distributed import local, shard_rows, sum_over_shards, whole_stack
-from sirfshampoo._engine.joint import joined, joint_gradients, scattered, whole_zeros
+from sirfshampoo._distributed import (
+    is_dtensor,
+    local,
+    shard_rows,
+    sum_over_shards,
+    whole_stack,
+)
+from sirfshampoo._engine.joint import (
+    joined,
+    joint_gradients,
+    scattered,
+    stacked,
+    whole_zeros,
+)
 from sirfshampoo._engine.kept import Preparation
-from sirfshampoo._engine.momenta import shards_of_gradients
-from sirfshampoo._engine.plan import Task
+from sirfshampoo._engine.momenta import ahead, shards_of_gradients
+from sirfshampoo._engine.plan import Task, batches
 from sirfshampoo._engine.stacks import Stack
-from sirfshampoo._engine.units import Unit, is_matrix
+from sirfshampoo._engine.units import is_matrix
 from sirfshampoo._method import elementwise
 from sirfshampoo._method.descent import (
     accumulate,
+    decay,
     descend,
-    limit_update,
-    normalize_update,
+    length_of,
+    limiting,
+    magnitudes,
+    normalizing,
+    row_norms,
+    scale_rows,
     size_of,
-    squared_norms,
 )
 from sirfshampoo._method.factors import (
     Workspace,
@@ -32,30 +49,57 @@ from sirfshampoo._method.factors import (
 )
 from sirfshampoo._method.preconditioner import precondition
 from sirfshampoo._method.rows import both, finite_rows, unless_all
-from sirfshampoo.structures.base import accumulation_dtype
+
+
+class Update(NamedTuple):
+    """What the j-th parameters of a task's units are to move along, and whether.
+
+    Attributes:
+        task: What a step does with the units.
+        j: The position of the parameters in them.
+        U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is distributed
+            the shards on this rank; overwritten.
+        scale: What is yet to be multiplied on, ``[rows]``; None: nothing.
+        moves: Which rows move, ``[rows]``; None: all.
+    """
+
+    task: Task
+    j: int
+    U: Tensor
+    scale: Tensor | None
+    moves: Tensor | None
+
+    @property
+    def first(self) -> Tensor:
+        """One of the parameters; they are alike."""
+        return self.task.units[0].params[self.j]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """What lies on this rank of each parameter."""
+        params = [unit.params[self.j] for unit in self.task.units]
+        return [local(p) for p in params] if is_dtensor(self.first) else params
 
 
 class Route(Protocol):
     """How gradients come to where they are pre-conditioned, and updates from there."""
 
-    def in_turn(self, tasks: Sequence[Task]) -> Iterable[Task]:
-        """Yield the tasks of this rank."""
+    def in_turn(self, tasks: Sequence[Task]) -> Iterable[list[Task]]:
+        """Yield the tasks of this rank, those together that `batches` says."""
 
-    def gather(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Return what factors learn from, and what they pre-condition.
+    def gather(self, tasks: Sequence[Task]) -> list[tuple[Tensor, Tensor]]:
+        """Return, a task, what factors learn from, and what they pre-condition.
 
         Both are whole and joined, ``[rows, *dims]``: the gradients; and these or, where
         momenta come first, those. The gradients only where factors are to be updated.
         """
 
-    def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
+    def deliver(self, updates: Sequence[Update]) -> None:
         """Have parameters descend, wherever they lie.
 
         Args:
-            task: A task of this rank.
-            U: The pre-conditioned gradients of each of a unit's parameters, whole,
-                ``[rows, *shape]``.
-            moves: Which rows move; None: all.
+            updates: For each parameter with a gradient of a task, as gathered, in
+                order. Their U are whole.
         """
 
 
@@ -75,20 +119,36 @@ def take_steps(
         route: Between the parameters and where their factors lie.
         counters: The tasks' `skipped`: Dynamo passes over calls that get no tensor.
     """
-    for task in route.in_turn(tasks):
-        settings, variant = task.settings, task.settings.variant
-        G, ahead_of = route.gather(task)
-        moves: Tensor | None = None  # which rows do; None: all
-        if settings.due:
-            moves = _update_factors(task, G, batch_size, workspace)
-        U = precondition_rows(task.stack, task.rows, ahead_of, task.preparation)
-        moves = _and_finite(moves, U)
-        if moves is not None:
-            task.skipped.add_(~moves)
-        if variant.normalize_update:
-            first = task.units[0]
-            U = normalize_update(U, size=size_of(first.dims, embeds=first.embeds))
-        route.deliver(task, scattered(task.units, U), moves)
+    for batch in route.in_turn(tasks):
+        learned: list[Tensor | None] = []  # which rows moved in factors; None: all
+        U = []
+        for task, (G, ahead_of) in zip(batch, route.gather(batch), strict=True):
+            due = task.settings.due
+            learned.append(
+                _update_factors(task, G, batch_size, workspace) if due else None
+            )
+            U.append(
+                precondition_rows(task.stack, task.rows, ahead_of, task.preparation)
+            )
+        tops = magnitudes(U)
+        rows = [len(task.units) for task in batch]
+        finite = finite_rows(tops)
+        moves = learned
+        if finite is not None:
+            parts = finite.split(rows)
+            moves = [both(m, f) for m, f in zip(learned, parts, strict=True)]
+        scales: Sequence[Tensor | None] = [None] * len(batch)
+        if batch[0].settings.variant.normalize_update:
+            first = [task.units[0] for task in batch]
+            sizes = [size_of(unit.dims, embeds=unit.embeds) for unit in first]
+            scales = normalizing(U, tops, sizes=sizes).split(rows)
+        updates = []
+        for task, U_i, scale, mask in zip(batch, U, scales, moves, strict=True):
+            if mask is not None:
+                task.skipped.add_(~mask)
+            pieces = scattered(task.units, U_i)
+            updates += [Update(task, j, pieces[j], scale, mask) for j in task.present]
+        route.deliver(updates)
 
 
 def _update_factors(
@@ -101,7 +161,7 @@ def _update_factors(
     if variant.relative_damping:
         power = mean_square(G, batch_size)
         lam, learns = lam * power, unless_all(power > 0)
-    if variant.initial_factors == "gradient":
+    if variant.initial_factors == "gradient" and task.stack.may_start:
         start_factors(task.K, G, batch_size=batch_size, lam=lam)
     update = partial(update_factors, workspace=workspace)
     if task.stack.elementwise:
@@ -139,69 +199,93 @@ def precondition_rows(
     return precondition(stack.products.get(rows, preparation), G)
 
 
-def limit_rows(
-    units: Sequence[Unit],
-    j: int,
-    U: Tensor,
-    W: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    limit: float | None,
-) -> Tensor:
-    """Limit how far the j-th parameters of units go, beside their size.
+def descend_rows(
+    updates: Sequence[Update], gradients: Sequence[Tensor] | None = None
+) -> None:
+    """Move parameters and their momenta.
 
     Args:
-        units: The units, one a row.
-        j: The position of the parameters in their units.
-        U: Their pre-conditioned gradients, ``[rows, *shape]``; shards where they are.
-        W: What of them lies on this rank.
-        lr: Learning rate; a tensor ``[rows]`` has one value a row.
-        limit: The longest step, relative to the parameter; None: no limit.
+        updates: Their settings are those of one batch.
+        gradients: The gradients, where momenta average them: ``[rows, *shape]`` for
+            each, of what is distributed the shards on this rank. Default: are fetched.
     """
-    if limit is None:
-        return U
-    like = units[0].params[j]
-    squares = sum_over_shards(squared_norms(U, W), like)
-    size = size_of(like.shape, embeds=units[0].embeds)
-    return limit_update(U, squares, limit=limit, lr=lr, size=size)
-
-
-def descend_rows(task: Task, j: int, U: Tensor, moves: Tensor | None) -> None:
-    """Move the j-th parameters of a task's units, and their momentum.
-
-    Args:
-        task: What a step does with them.
-        j: The position of the parameters in their units.
-        U: Their pre-conditioned gradients, ``[rows, *shape]``, of what is distributed
-            the shards on this rank; overwritten.
-        moves: Which rows move; None: all.
-    """
-    settings, variant = task.settings, task.settings.variant
-    decays = variant.decay_vectors or is_matrix(task.units[0].params[j])
+    if not updates:
+        return
+    first, moves = updates[0].task, [update.moves for update in updates]
+    settings, variant = first.settings, first.settings.variant
     V = None
-    if task.stack.V is not None and not variant.momentum_first:
-        V = task.stack.V[j][task.rows]
-    if task.averages_gradients:
-        accumulate(
-            task.V[j],
-            shards_of_gradients(task.units, j),
-            alpha1=settings.alpha1,
-            moves=moves,
-        )
-    lr = task.rate(U.device)
-    W = [local(unit.params[j]) for unit in task.units]
-    U = limit_rows(task.units, j, U, W, lr=lr, limit=variant.max_relative_update)
+    if first.stack.V is not None:
+        V = [task.V[j] for task, j, *_ in updates]
+    if V is not None and variant.momentum_first:
+        if gradients is None:
+            gradients = [shards_of_gradients(task.units, j) for task, j, *_ in updates]
+        accumulate(V, gradients, alpha1=settings.alpha1, moves=moves)
+        V = None
+    lr: float | list[Tensor] | None = settings.lr
+    if lr is None:
+        lr = [update.task.rates(update.U.device) for update in updates]
+    params, U = [update.params for update in updates], [u.U for u in updates]
+    limit, decays = variant.max_relative_update, [_decays(u) for u in updates]
+    W = []
+    if limit is not None or any(decays):
+        W = [stacked(of_update) for of_update in params]
+    scales = [update.scale for update in updates if update.scale is not None]
+    scale = torch.cat(scales) if scales else None
+    if limit is not None:
+        scale = _limited(updates, W, scale, limit=limit, lr=lr)
+    if scale is not None:
+        scale_rows(U, scale)
+    for i, decaying in enumerate(decays):
+        if decaying:
+            decay(U[i], W[i], kappa=settings.kappa, cautious=variant.cautious_decay)
     descend(
-        W,
+        [p for of_update in params for p in of_update],
         V,
         U,
         moves=moves,
         lr=lr,
         alpha1=settings.alpha1,
-        kappa=settings.kappa if decays else 0.0,
         nesterov=variant.nesterov,
-        cautious=variant.cautious_decay,
     )
+
+
+def _decays(update: Update) -> bool:
+    """Return whether parameters shrink."""
+    settings = update.task.settings
+    exempt = not settings.variant.decay_vectors and not is_matrix(update.first)
+    return settings.kappa != 0 and not exempt
+
+
+def _limited(
+    updates: Sequence[Update],
+    W: Sequence[Tensor],
+    scale: Tensor | None,
+    *,
+    limit: float,
+    lr: float | Sequence[Tensor],
+) -> Tensor:
+    """Return what to multiply on U so that no step is too long beside its parameter.
+
+    Args:
+        updates: What parameters are to move along.
+        W: The parameters, ``[rows, *shape]``, of what is distributed the shards here.
+        scale: What is to be multiplied on anyway, ``[rows]`` of all.
+        limit: The longest step, relative to the parameter.
+        lr: Learning rate, or those of the rows of each.
+    """
+    norms, lengths = [], []
+    for update, W_i in zip(updates, W, strict=True):
+        like, of_U, of_W = update.first, row_norms(update.U), row_norms(W_i)
+        if is_dtensor(like):
+            squares = torch.stack([of_U, of_W]).square_()
+            of_U, of_W = sum_over_shards(squares, like).sqrt_().unbind(0)
+        norms.append(of_U)
+        size = size_of(like.shape, embeds=update.task.units[0].embeds)
+        lengths.append(length_of(of_W, size=size))
+    rates = lr if isinstance(lr, float) else torch.cat(list(lr))
+    whole = torch.cat(norms) if scale is None else torch.cat(norms).mul_(scale)
+    limits = limiting(whole, torch.cat(lengths), limit=limit, lr=rates)
+    return limits if scale is None else limits.mul_(scale)
 
 
 class Everywhere:
@@ -210,38 +294,50 @@ class Everywhere:
     Where nothing is distributed, both are views.
     """
 
-    def in_turn(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """Return all tasks."""
-        return tasks
+    def __init__(self) -> None:
+        """Take one step."""
+        self._gradients: list[Tensor] = []  # of the batch that is treated
 
-    def gather(self, task: Task) -> tuple[Tensor, Tensor]:
+    def in_turn(self, tasks: Sequence[Task]) -> list[list[Task]]:
+        """Return all tasks."""
+        return batches(tasks)
+
+    def gather(self, tasks: Sequence[Task]) -> list[tuple[Tensor, Tensor]]:
         """Return what factors learn from, and what they pre-condition."""
+        if not tasks[0].averages_gradients:
+            wholes = [joint_gradients(t.units, t.settings.absent) for t in tasks]
+            return [(G, G) for G in wholes]
+        places = [(task, j) for task in tasks for j in task.present]
+        self._gradients = [shards_of_gradients(task.units, j) for task, j in places]
+        settings = tasks[0].settings
+        shards = ahead(
+            [task.V[j] for task, j in places],
+            self._gradients,
+            alpha1=settings.alpha1,
+            nesterov=settings.variant.nesterov,
+        )
+        found = iter(zip(self._gradients, shards, strict=True))
+        return [self._joined(task, found) for task in tasks]
+
+    def _joined(
+        self, task: Task, shards: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return whole gradients, and whole ones ahead, of a task's units."""
         units, absent = task.units, task.settings.absent
-        if not task.averages_gradients:
-            G = joint_gradients(units, absent)
-            return G, G
         learned, ahead_of = [], []
         for j, like in enumerate(units[0].params):
             if j in absent:
                 G = V = whole_zeros(len(units), like)
             else:
-                shards = shards_of_gradients(units, j)
-                V = whole_stack(task.ahead(j, shards), like)
-                G = whole_stack(shards, like) if task.settings.due else V
+                G, V = next(shards)
+                V = whole_stack(V, like)
+                G = whole_stack(G, like) if task.settings.due else V
             learned.append(G)
             ahead_of.append(V)
         return joined(units, learned), joined(units, ahead_of)
 
-    def deliver(self, task: Task, U: Sequence[Tensor], moves: Tensor | None) -> None:
+    def deliver(self, updates: Sequence[Update]) -> None:
         """Have the parameters on this rank descend."""
-        for j, U_j in enumerate(U):
-            if j not in task.settings.absent:
-                shards = shard_rows(U_j, task.units[0].params[j])
-                descend_rows(task, j, shards, moves)
-
-
-def _and_finite(moves: Tensor | None, X: Tensor) -> Tensor | None:
-    """Return a mask less the rows of X that are not finite; None: it holds for all."""
-    # one entry that is not finite makes the sum so
-    finite = finite_rows(X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype)))
-    return both(moves, finite)
+        shards = [u._replace(U=shard_rows(u.U, u.first)) for u in updates]
+        descend_rows(shards, self._gradients or None)
+        self._gradients = []

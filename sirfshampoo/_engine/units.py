@@ -82,10 +82,14 @@ class Unit:
         return self.dims.numel() * max(needed) + self.num_stored
 
     def gradients_present(self) -> tuple[bool, ...]:
-        """Return, a parameter, whether it has a gradient.
+        """Return, a parameter, whether it has a gradient."""
+        return tuple(p.grad is not None for p in self.params)
+
+    def check_gradients(self) -> None:
+        """Check that gradients are not sparse.
 
         Raises:
-            RuntimeError: If a gradient is sparse.
+            RuntimeError: If one is.
         """
         for p in self.params:
             if p.grad is not None and p.grad.layout != torch.strided:
@@ -94,7 +98,6 @@ class Unit:
                     f"{p.grad.layout} for a parameter of shape {tuple(p.shape)}. Build "
                     "embedding layers with sparse=False."
                 )
-        return tuple(p.grad is not None for p in self.params)
 
     def is_wanted(self, state: Mapping[Tensor, Any]) -> bool:
         """Return whether the unit needs state: it trains, or has state already."""

@@ -8,8 +8,9 @@ from math import sqrt
 import torch
 from torch import Size, Tensor
 
-from sirfshampoo._method.rows import magnitude, unless_all
+from sirfshampoo._method.rows import magnitude
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
+from sirfshampoo.structures.products import product
 
 #: No singular value of U is longer than so many times that of orthonormal rows.
 _LONGEST_DIRECTION = 3.0
@@ -38,8 +39,8 @@ def size_of(shape: Size, *, embeds: bool) -> float:
     return sqrt(shape[0]) if len(shape) > 1 else 1.0
 
 
-def normalize_update(U: Tensor, *, size: float) -> Tensor:
-    """Scale rows of U to a size.
+def normalizing(U: Sequence[Tensor], tops: Tensor, *, sizes: Sequence[float]) -> Tensor:
+    """Divide rows by powers of two, in place, and return what gives them a size.
 
     U ← size · r^(−1/4) / ‖U‖_S4 · U, for matrices ``[m, D / m]``, r = min(m, D / m).
     The Schatten-4 norm ‖U‖_S4 = ‖U Uᵀ‖_F^(1/2) takes one product, and lies between the
@@ -48,141 +49,185 @@ def normalize_update(U: Tensor, *, size: float) -> Tensor:
     norm. A direction that holds most of a large matrix gets 3 · size / √r at most.
 
     Args:
-        U: The pre-conditioned gradients, ``[rows, *dims]``. What is 0 stays so.
-        size: What `size_of` says.
+        U: Pre-conditioned gradients, ``[rows, *dims]`` each. Their largest entry lies
+            between ½ and 1 then, and no digit is lost. What is 0 stays so.
+        tops: What `magnitudes` says of them.
+        sizes: What `size_of` says of each.
+
+    Returns:
+        What to multiply on, ``[rows]`` of all, one after the other.
     """
-    X = U.flatten(2) if U.ndim > 2 else U.unsqueeze(1)
+    powers = tops.clamp(min=torch.finfo(tops.dtype).tiny).frexp().exponent
+    scale_rows(U, torch.exp2(-powers.to(tops.dtype)))
+    squares = [_squared_size(U_i, size) for U_i, size in zip(U, sizes, strict=True)]
+    norms = torch.cat(squares).sqrt_()
+    return norms.reciprocal().masked_fill_(norms == 0, 0.0)
+
+
+def _squared_size(U: Tensor, size: float) -> Tensor:
+    """Return the square of what rows are to be divided by, ``[rows]``."""
+    dtype = accumulation_dtype(U.dtype)
+    if U.ndim == 2:
+        norm: Tensor = torch.linalg.vector_norm(U, dim=1, dtype=dtype) / size
+        return norm.square()
+    X = (U.flatten(2) if U.ndim > 3 else U).to(dtype)
     m, r = X.shape[1], min(X.shape[1:])
-    top = magnitude(U)
-    X = X.to(top.dtype) / per_matrix(top.clamp(min=torch.finfo(top.dtype).tiny), X)
-    S = X @ X.mT if m == r else X.mT @ X
-    norm = torch.linalg.vector_norm(S.flatten(1), dim=1).sqrt()
-    scale = size * max(r, 1) ** -0.25 / norm
-    if r > _LONGEST_DIRECTION**4:  # else no direction is longer
-        v = torch.zeros_like(S[..., :1])
-        largest = S.diagonal(dim1=-2, dim2=-1).argmax(-1)
-        v.scatter_(-2, largest[:, None, None], 1.0)
-        for _ in range(3):  # the power method
-            v = S @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
-        spectral = torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
-        scale = scale.minimum(_LONGEST_DIRECTION * size / sqrt(r) / spectral)
-    scale = scale.masked_fill(norm == 0, 0.0)
-    return (X * per_matrix(scale, X)).to(U.dtype).view_as(U)
+    scale = max(r, 1) ** 0.5 / size**2
+    S = product(X, X.mT, scale) if m == r else product(X.mT, X, scale)
+    norm = torch.linalg.vector_norm(S, dim=(1, 2))
+    if r <= _LONGEST_DIRECTION**4:  # no direction is longer
+        return norm
+    # the power method, from the axis that the diagonal's largest entry belongs to
+    largest = S.diagonal(dim1=1, dim2=2).argmax(1)
+    v = S.gather(2, largest[:, None, None].expand(-1, r, 1))
+    v = product(S, v / per_matrix(norm, v))
+    before = torch.linalg.vector_norm(v, dim=(1, 2))
+    after = torch.linalg.vector_norm(product(S, v), dim=(1, 2))
+    # of 0, that is 0 / 0
+    return norm.fmax(after / before * (r**0.5 / _LONGEST_DIRECTION**2))
 
 
-def squared_norms(U: Tensor, W: Sequence[Tensor]) -> Tensor:
-    """Return ‖U‖² and ‖W‖² of each row, ``[2, rows]``; of shards, their shares.
+def magnitudes(U: Sequence[Tensor]) -> Tensor:
+    """Return the largest magnitudes in the rows of all, one after the other."""
+    return torch.cat([magnitude(U_i) for U_i in U])
+
+
+def scale_rows(U: Sequence[Tensor], scale: Tensor) -> None:
+    """Multiply rows in place.
 
     Args:
-        U: The pre-conditioned gradients of parameters, ``[rows, *shape]``.
-        W: The parameters of the rows, each of shape ``shape``.
+        U: Tensors ``[rows, *shape]``.
+        scale: What to multiply the rows of all by, one after the other.
     """
-    dtype = accumulation_dtype(U.dtype)
-    of_U = torch.linalg.vector_norm(U.reshape(len(U), U[0].numel()), dim=1, dtype=dtype)
-    of_W = torch.stack(list(_norms(W, dtype)))
-    return torch.stack([of_U, of_W]).square_()
+    parts = scale.split([len(U_i) for U_i in U])
+    for U_i, part in zip(U, parts, strict=True):
+        U_i.mul_(per_matrix(part, U_i))
 
 
-def limit_update(
-    U: Tensor, squares: Tensor, *, limit: float, lr: float | Tensor, size: float
+def row_norms(X: Tensor) -> Tensor:
+    """Return the Frobenius norm of each row, ``[rows]``, as float32 at least."""
+    flat, dtype = X.flatten(1), accumulation_dtype(X.dtype)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
+    return norms
+
+
+def length_of(norm: Tensor, *, size: float) -> Tensor:
+    """Return max(‖W‖_F, ½ size), beside which steps are limited, ``[rows]``.
+
+    Args:
+        norm: ‖W‖_F of parameters, ``[rows]``; overwritten.
+        size: What `size_of` says of them.
+    """
+    return norm.clamp_(min=_LEAST_WEIGHT * size)
+
+
+def limiting(
+    norms: Tensor, lengths: Tensor, *, limit: float, lr: float | Tensor
 ) -> Tensor:
-    """Scale rows of U down where lr · U is long beside the parameter.
+    """Return what shortens lr · U where it is long beside the parameter, ``[rows]``.
 
     That is where ‖lr · U‖_F > limit · max(‖W‖_F, ½ size).
 
     Args:
-        U: The pre-conditioned gradients of parameters, ``[rows, *shape]``.
-        squares: The ``[2, rows]`` of `squared_norms`, of whole parameters.
+        norms: ‖U‖_F, ``[rows]``.
+        lengths: What `length_of` says of the parameters.
         limit: The longest step, relative to the parameter.
         lr: Learning rate; a tensor ``[rows]`` has one value a row.
-        size: What `size_of` says of a whole parameter.
     """
-    of_U, of_W = squares.sqrt().unbind(0)
-    longest = of_W.clamp(min=_LEAST_WEIGHT * size) * limit
-    scale = longest / (of_U * lr)
-    if unless_all(scale >= 1) is None:
-        return U
-    return (U * per_matrix(scale.clamp(max=1.0), U)).to(U.dtype)
+    return (lengths * limit).div_(norms * lr).clamp_(max=1.0)
 
 
-def accumulate(V: Tensor, G: Tensor, *, alpha1: float, moves: Tensor | None) -> None:
-    """Update the momentum of gradients in place: V ← alpha1 · V + G.
+def accumulate(
+    V: Sequence[Tensor],
+    G: Sequence[Tensor],
+    *,
+    alpha1: float,
+    moves: Sequence[Tensor | None],
+) -> None:
+    """Update momenta of gradients in place: V ← alpha1 · V + G.
 
     Args:
-        V: The momentum of a parameter of the rows, ``[rows, *shape]``.
-        G: Its gradients, ``[rows, *shape]``.
+        V: Momenta of parameters, ``[rows, *shape]`` each.
+        G: Their gradients, ``[rows, *shape]``.
         alpha1: Momentum.
-        moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
-            rows move.
+        moves: A mask ``[rows]`` of each; where it is False, a row stays as it is. None:
+            all rows move.
     """
-    if moves is None:
-        V.mul_(alpha1).add_(G)
+    for V_i, G_i, mask in zip(V, G, moves, strict=True):
+        if mask is None:
+            V_i.mul_(alpha1).add_(G_i)
+        else:
+            V_i.copy_(torch.where(per_matrix(mask, V_i), V_i * alpha1 + G_i, V_i))
+
+
+def decay(U: Tensor, W: Tensor, *, kappa: float, cautious: bool) -> None:
+    """Add kappa · W to U, in place.
+
+    Args:
+        U: Pre-conditioned gradients, ``[rows, *shape]``.
+        W: Their parameters, ``[rows, *shape]``.
+        kappa: Weight decay.
+        cautious: Whether to decay only the weights that U shrinks, too.
+    """
+    if cautious:
+        # by a product: filling by a mask takes ten times as long on a CPU
+        U.addcmul_((U * W).gt_(0), W, value=kappa)
     else:
-        V.copy_(torch.where(per_matrix(moves, V), V * alpha1 + G, V))
+        U.add_(W, alpha=kappa)
 
 
 def descend(
     W: Sequence[Tensor],
-    V: Tensor | None,
-    U: Tensor,
+    V: Sequence[Tensor] | None,
+    U: Sequence[Tensor],
     *,
-    moves: Tensor | None,
-    lr: float | Tensor,
+    moves: Sequence[Tensor | None],
+    lr: float | Sequence[Tensor],
     alpha1: float,
-    kappa: float,
     nesterov: bool,
-    cautious: bool,
 ) -> None:
-    """Update parameters and their momentum in place; overwrites U.
+    """Update parameters and their momenta in place; overwrites U.
 
     Args:
-        W: The parameters of the rows, each of shape ``shape``.
-        V: Their momentum, ``[rows, *shape]``; None if ``alpha1`` is 0.
-        U: Their pre-conditioned gradients, ``[rows, *shape]``.
-        moves: A mask ``[rows]``; where it is False, a row stays as it is. None: all
-            rows move.
-        lr: Learning rate; a tensor ``[rows]`` has one value a row.
+        W: The parameters of the rows of all, one after the other.
+        V: Their momenta, ``[rows, *shape]`` each; None if ``alpha1`` is 0.
+        U: Their pre-conditioned gradients and decay, ``[rows, *shape]`` each.
+        moves: A mask ``[rows]`` of each; where it is False, a row stays as it is. None:
+            all rows move.
+        lr: Learning rate; tensors ``[rows]`` have one value a row.
         alpha1: Momentum.
-        kappa: Weight decay.
         nesterov: Whether to look ahead along the new momentum.
-        cautious: Whether to decay only the weights that U shrinks, too.
     """
-    if kappa:
-        decayed = list(W)
-        if cautious:
-            # by a product: filling by a mask takes ten times as long on a CPU
-            pairs = zip(U.unbind(0), W, strict=True)
-            decayed = [(u * w).gt_(0).mul_(w) for u, w in pairs]
-        _add_each_(U.unbind(0), decayed, alpha=kappa)
-    if moves is None:
-        # V ← alpha1 · V + (U + kappa · W)
+    # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
+    masked = [(i, mask) for i, mask in enumerate(moves) if mask is not None]
+    rests = [(i, per_matrix(~mask, U[i])) for i, mask in masked]
+    for i, where in rests:
+        U[i].masked_fill_(where, 0.0)
+    steps = list(U)
+    if V is not None:
+        keep: list[float | Tensor] = [alpha1] * len(V)
+        for i, mask in masked:
+            part = mask.to(accumulation_dtype(V[i].dtype)) * alpha1 + ~mask
+            keep[i] = per_matrix(part, V[i])
+        for V_i, factor in zip(V, keep, strict=True):
+            V_i.mul_(factor)
         # in two passes: one would round once, and not be torch.optim.SGD to the bit
-        step = U if V is None else V.mul_(alpha1).add_(U)
-        if nesterov and V is not None:
-            step = U.add_(V, alpha=alpha1)
-    else:
-        # a row that rests: V ← 1 · V + 0, W ← W − lr · 0
-        rests = per_matrix(~moves, U)
-        step = U.masked_fill_(rests, 0.0)
-        if V is not None:
-            keep = moves.to(accumulation_dtype(V.dtype)) * alpha1 + ~moves
-            V.mul_(per_matrix(keep, V)).add_(U)
-            step = U.add(V, alpha=alpha1) if nesterov else V
-            step = step.masked_fill(rests, 0.0)
+        add_each_(V, U)
+        if nesterov:
+            add_each_(U, V, alpha=alpha1)
+        else:
+            steps = list(V)
+        for i, where in rests:
+            steps[i] = steps[i].masked_fill(where, 0.0)
+    if not isinstance(lr, float):  # as `alpha`, the host would wait for it
+        steps = [x * per_matrix(r, x) for x, r in zip(steps, lr, strict=True)]
+        lr = 1.0
     # W ← W − lr · V, or W − lr · (U + alpha1 · V)
-    if isinstance(lr, Tensor):  # as `alpha`, the host would wait for it
-        step, lr = step * per_matrix(lr, step), 1.0
-    _add_each_(W, step.unbind(0), alpha=-lr)
+    rows = [row for step in steps for row in step.unbind(0)]
+    add_each_(W, rows, alpha=-lr)
 
 
-def _norms(xs: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Return the Frobenius norm of each tensor, in a type."""
-    if torch.compiler.is_compiling() and not _LISTS_COMPILE:
-        return [torch.linalg.vector_norm(x, dtype=dtype) for x in xs]
-    return torch._foreach_norm(list(xs), dtype=dtype)
-
-
-def _add_each_(xs: Sequence[Tensor], ys: Sequence[Tensor], *, alpha: float) -> None:
+def add_each_(xs: Sequence[Tensor], ys: Sequence[Tensor], *, alpha: float = 1) -> None:
     """Add in place: x ← x + alpha · y for each pair."""
     if torch.compiler.is_compiling() and not _LISTS_COMPILE:
         for x, y in zip(xs, ys, strict=True):

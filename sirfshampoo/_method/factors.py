@@ -18,13 +18,13 @@ from torch import Tensor
 from sirfshampoo._method import device
 from sirfshampoo._method.rows import (
     LARGEST_FLOAT16,
+    along_axes,
     both,
+    each,
     finite_rows,
-    fold,
     magnitude,
     mat,
     normalized,
-    number,
 )
 from sirfshampoo.structures import StructuredMatrix
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
@@ -41,6 +41,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._views: dict[tuple[torch.dtype, int, torch.Size], Tensor] = {}
 
     def like(self, K: StructuredMatrix, slot: int) -> StructuredMatrix | None:
         """Return a dense matrix like K with any numbers; None for other structures.
@@ -53,14 +54,18 @@ class Workspace:
         """
         if not isinstance(K, DenseMatrix) or not device.is_at_hand(K.mat):
             return None
-        sizes = [t.numel() for t in K.tensors()]
-        buffer = self._buffers.get((K.dtype, slot))
-        if buffer is None or buffer.numel() < sum(sizes):
-            buffer = torch.empty(sum(sizes), dtype=K.dtype, device=K.device)
-            self._buffers[K.dtype, slot] = buffer
-        parts = buffer[: sum(sizes)].split(sizes)
-        pairs = zip(parts, K.tensors(), strict=True)
-        return type(K)(*(part.view(t.shape) for part, t in pairs))
+        key = (K.dtype, slot)
+        view = self._views.get((*key, K.mat.shape))
+        if view is None:
+            buffer, number = self._buffers.get(key), K.mat.numel()
+            if buffer is None or buffer.numel() < number:
+                buffer = torch.empty(number, dtype=K.dtype, device=K.device)
+                self._buffers[key] = buffer
+                others = {k: v for k, v in self._views.items() if k[:2] != key}
+                self._views = others
+            view = buffer[:number].view(K.mat.shape)
+            self._views[*key, K.mat.shape] = view
+        return type(K)(view)
 
 
 def mean_square(G: Tensor, batch_size: int) -> Tensor:
@@ -72,7 +77,7 @@ def mean_square(G: Tensor, batch_size: int) -> Tensor:
     """
     dtype = accumulation_dtype(G.dtype)
     norm: Tensor = torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=dtype)
-    return norm.square() * (batch_size / max(G[0].numel(), 1))
+    return norm.square_().mul_(batch_size / max(G.shape[1:].numel(), 1))
 
 
 def start_factors(
@@ -140,40 +145,37 @@ def update_factors(
     """
     dims = G.shape[1:]
     A = _whitened(K, G, batch_size)
-    # ‖K_n‖_F² / d_n
-    damped = isinstance(lam, Tensor) or lam != 0
-    needs_traces = damped and len(K) > 1
-    traces = [K_n.norm().square() / max(K_n.dim, 1) for K_n in K if needs_traces]
+    damping = _damping(K, lam)
 
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
     s = []
     for n, K_n in enumerate(K):
         X, scale = mat(A.to(K_n.dtype), n), dims[n] / 2
-        if damped:
-            others = [trace for k, trace in enumerate(traces) if k != n]
-            damping = reduce(torch.mul, [lam / 2, *others])
-            if isinstance(damping, Tensor):
-                damping = number(damping)
-            s_n = K_n.damped_gram(
-                X, scale=scale, damping=damping, out=workspace.like(K_n, n)
-            )
+        if damping:
+            out = workspace.like(K_n, n)
+            s_n = K_n.damped_gram(X, scale=scale, damping=damping[n], out=out)
         else:
             s_n = K_n.project_gram(X, scale=scale)
         s.append(s_n.shift_(-0.5))
 
     finite = finite_rows(reduce(torch.add, [s_n.probe() for s_n in s]))
     learns = both(learns, finite)
-    for n, (K_n, s_n) in enumerate(zip(K, s, strict=True)):
+    learned, sizes = [], []
+    for n, s_n in enumerate(s):
         # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
         weight: float | Tensor = 1 - alpha2
         if learns is not None:
             s_n.clear_(~learns)
             weight = learns.to(accumulation_dtype(s_n.dtype)) * weight
         m_n = s_n if m is None else m[n].lerp_(s_n, weight)
-        size = m_n.spectral_norm() if clamp == "spectral" else m_n.norm()
-        rate = size.clamp_(min=1.0).reciprocal_().mul_(-beta2 * times[n] / 2)
-        change = number(rate if learns is None else rate * learns)
-        scratch = workspace.like(K_n, len(K)) if m is None else s_n
+        learned.append(m_n)
+        sizes.append(m_n.spectral_norm() if clamp == "spectral" else m_n.norm())
+    rates = torch.stack(sizes).clamp_(min=1.0).reciprocal_()
+    if learns is not None:
+        rates *= learns
+    for n, (K_n, m_n, rate) in enumerate(zip(K, learned, each(rates), strict=True)):
+        change = rate * (-beta2 * times[n] / 2)
+        scratch = workspace.like(K_n, len(K)) if m is None else s[n]
         if times[n] == 2:
             # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
             K_n.add_product_(m_n, change, scratch=scratch)
@@ -186,25 +188,44 @@ def update_factors(
     return finite
 
 
+def _damping(
+    K: Sequence[StructuredMatrix], lam: float | Tensor
+) -> Sequence[float | Tensor]:
+    """Return ½ lam · ∏_{k≠n} (‖K_k‖_F² / d_k) for each axis n; nothing if lam is 0."""
+    if not isinstance(lam, Tensor):
+        if lam == 0 or len(K) == 1:
+            return [lam / 2] if lam else []
+    elif len(K) == 1:
+        return each(lam.unsqueeze(0) / 2)
+    traces = [K_n.norm().square_().div_(max(K_n.dim, 1)) for K_n in K]
+    of_others = [
+        reduce(torch.mul, [trace for k, trace in enumerate(traces) if k != n])
+        for n in range(len(K))
+    ]
+    return each(torch.stack(of_others).mul_(lam / 2))
+
+
 def _whitened(K: Sequence[StructuredMatrix], G: Tensor, batch_size: int) -> Tensor:
     """Return A = √B · G ×_1 K_1ᵀ ×_2 … ×_N K_Nᵀ, divided by √D.
 
     K_n/√d_n stands in place of K_n so that half precision stays in range; the missing
     factors return as averages.
     """
-    dims, A = G.shape[1:], G
+    scales = [sqrt(1 / d) for d in G.shape[1:]]
     if not any(K_n.dtype == torch.float16 for K_n in K):
-        for n, K_n in enumerate(K):
-            scale = sqrt(batch_size / dims[n]) if n == 0 else sqrt(1 / dims[n])
-            X = K_n.rmatmat(mat(A.to(K_n.dtype), n), scale=scale)
-            A = fold(X, n, dims)
-        return A
+        scales[0] *= sqrt(batch_size)
+        return along_axes(
+            G, lambda n, X: K[n].rmatmat(X.to(K[n].dtype), scale=scales[n])
+        )
     # float16: gradients of any size; where s would leave its range, A saturates
-    size = torch.full_like(magnitude(A), sqrt(batch_size))
-    for n, K_n in enumerate(K):
-        A, largest = normalized(A)
-        size = size * largest
-        X = K_n.rmatmat(mat(A.to(K_n.dtype), n), scale=sqrt(1 / dims[n]))
-        A = fold(X, n, dims).to(accumulation_dtype(X.dtype))
-    limit = sqrt(torch.finfo(torch.float16).max / dims.numel()) / 2
+    size = torch.full_like(magnitude(G), sqrt(batch_size))
+
+    def multiply(n: int, X: Tensor) -> Tensor:
+        X, largest = normalized(X)
+        size.mul_(largest)
+        X = K[n].rmatmat(X.to(K[n].dtype), scale=scales[n])
+        return X.to(accumulation_dtype(X.dtype))
+
+    A = along_axes(G, multiply)
+    limit = sqrt(torch.finfo(torch.float16).max / G.shape[1:].numel()) / 2
     return A * per_matrix((limit / magnitude(A)).minimum(size), A)

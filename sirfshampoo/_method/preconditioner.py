@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from sirfshampoo._method.rows import fold, mat, normalized
+from sirfshampoo._method.rows import along_axes, normalized
 from sirfshampoo.structures import StructuredMatrix
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 from sirfshampoo.structures.products import is_column_major
@@ -119,17 +119,20 @@ def precondition(factors: Sequence[Preconditioner], G: Tensor) -> Tensor:
     Returns:
         The pre-conditioned gradients, ``[rows, *dims]``, in G's type.
     """
-    dims, U = G.shape[1:], G
     scales: list[Tensor] = []
-    widen = False
-    for n, factor in enumerate(factors):
+    widen = any(factor.matrix.dtype == torch.float16 for factor in factors)
+
+    def multiply(n: int, X: Tensor) -> Tensor:
+        factor = factors[n]
         if factor.matrix.dtype == torch.float16:  # gradients of any size
-            U, largest = normalized(U)
-            scales, widen = [*scales, largest], True
+            X, largest = normalized(X)
+            scales.append(largest)
         if factor.scale is not None:
             scales.append(factor.scale)
-        X = factor(mat(U.to(factor.matrix.dtype), n))
-        U = fold(X, n, dims).to(accumulation_dtype(X.dtype) if widen else X.dtype)
+        X = factor(X.to(factor.matrix.dtype))
+        return X.to(accumulation_dtype(X.dtype)) if widen else X
+
+    U = along_axes(G, multiply)
     if not widen:  # else one after the other: their product may leave the range
         scales = [reduce(torch.mul, scales)] if scales else []
     for scale in scales:

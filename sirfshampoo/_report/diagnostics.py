@@ -16,10 +16,13 @@ from sirfshampoo._engine.momenta import whole_momenta
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.step import precondition_rows
 from sirfshampoo._method.descent import (
-    limit_update,
-    normalize_update,
+    length_of,
+    limiting,
+    magnitudes,
+    normalizing,
+    row_norms,
+    scale_rows,
     size_of,
-    squared_norms,
 )
 from sirfshampoo.structures.base import accumulation_dtype
 
@@ -84,18 +87,14 @@ def _of_direction(
         return ([] if V is None else momentum), momentum
     U = precondition_rows(stack, rows, G)
     if variant.normalize_update:
-        U = normalize_update(U, size=size_of(unit.dims, embeds=unit.embeds))
+        size = size_of(unit.dims, embeds=unit.embeds)
+        scale_rows([U], normalizing([U], magnitudes([U]), sizes=[size]))
     if limit is not None:
-        pieces = [
-            limit_update(
-                U_j,
-                squared_norms(U_j, [W_j]),
-                limit=limit,
-                lr=lr,
-                size=size_of(W_j.shape, embeds=unit.embeds),
-            )
-            for U_j, W_j in zip(scattered([unit], U), W, strict=True)
-        ]
+        pieces = scattered([unit], U)
+        for U_j, W_j in zip(pieces, W, strict=True):
+            size = size_of(W_j.shape, embeds=unit.embeds)
+            length = length_of(row_norms(W_j.unsqueeze(0)), size=size)
+            scale_rows([U_j], limiting(row_norms(U_j), length, limit=limit, lr=lr))
         U = joined([unit], pieces)
     return [U if V is None else U + alpha1 * V], momentum
 

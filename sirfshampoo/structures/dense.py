@@ -8,7 +8,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sirfshampoo.structures.base import StructuredMatrix, accumulation_dtype
+from sirfshampoo.structures.base import (
+    StructuredMatrix,
+    accumulation_dtype,
+    per_matrix,
+)
 from sirfshampoo.structures.products import (
     product,
     product_like,
@@ -64,9 +68,10 @@ class DenseMatrix(StructuredMatrix):
         damping: float | Tensor,
         out: Self | None = None,
     ) -> Self:
+        K = self.mat
         if isinstance(damping, Tensor):
-            return super().damped_gram(X, scale=scale, damping=damping)
-        terms = (self.mat.mT, damping), (X, scale)
+            K, damping = (K * per_matrix(damping.sqrt(), K)).to(K.dtype), 1.0
+        terms = (K.mT, damping), (X, scale)
         S = None if out is None else out.mat
         return type(self)(sum_of_symmetric_products(*terms, out=S))
 

@@ -22,13 +22,17 @@ def product(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     batch = A.shape[:-2]
     if len(batch) > 1:
         A, B = A.flatten(0, -3), B.flatten(0, -3)
-    # also without a scale: `@` copies a transposed half-precision matrix on a CPU
-    AB = torch.baddbmm(A.new_empty(()), A, B, beta=0.0, alpha=scale)
+    if scale == 1.0 and A.dtype.itemsize > 2:
+        AB = torch.bmm(A, B)
+    else:  # without a scale, too: `bmm` copies a transposed half-precision matrix
+        AB = torch.baddbmm(A.new_empty(()), A, B, beta=0.0, alpha=scale)
     return AB if len(batch) == 1 else AB.unflatten(0, batch)
 
 
 def is_column_major(X: Tensor) -> bool:
     """Return whether the rows of X lie scattered in memory, but its columns do not."""
+    if torch.compiler.is_compiling():  # it lays out itself what it computes
+        return False
     return X.stride(-2) == 1 and X.stride(-1) > 1
 
 

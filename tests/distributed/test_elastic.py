@@ -30,6 +30,8 @@ def agent(port: int, host: bool, *arguments: str) -> subprocess.Popen[str]:
     command += ["--rdzv-conf", f"{conf},last_call_timeout=3,keep_alive_interval=1"]
     command += ["--local-addr", "localhost", "-m", "tests.distributed.elastic"]
     environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
+    # with the agents' own store, a second restart may find addresses of the first
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.Popen(
         [*command, *arguments],
         env={**environment, "GLOO_SOCKET_IFNAME": "lo"},

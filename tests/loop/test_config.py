@@ -77,6 +77,7 @@ def test_options_for_all_parameters_arrive(option: Any) -> None:
 def test_public_names() -> None:
     assert sorted(sirfshampoo.__all__) == [
         "FlattenEmbedding",
+        "FlattenKernel",
         "GrowingInterval",
         "LinearWeightBias",
         "PerParameter",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo
-from sirfshampoo._engine.step import Everywhere
+from sirfshampoo._engine.step import precondition_rows
 from tests.cases import FAST, STRUCTURES
 
 
@@ -488,15 +488,15 @@ def test_a_step_that_is_interrupted_leaves_a_state_that_loads(
     optimizer = SIRFShampoo(net, batch_size=3)
     draw_gradients(net)
     optimizer.step()
-    gathered, calls = Everywhere.gather, []
+    calls = []
 
-    def interrupted(self: Everywhere, task: Any) -> Tensor:
-        calls.append(task)
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return gathered(self, task)
+        return precondition_rows(*arguments)
 
-    monkeypatch.setattr(Everywhere, "gather", interrupted)
+    monkeypatch.setattr("sirfshampoo._engine.step.precondition_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     monkeypatch.undo()

@@ -23,6 +23,7 @@ each_structure = pytest.mark.parametrize(
 )
 RULES = {
     "alone": ("PerParameter",),
+    "flat-kernels": ("FlattenKernel",),
     "joint": ("LinearWeightBias", "PerParameter"),
     "joint-and-flat": ("FlattenEmbedding", "LinearWeightBias", "PerParameter"),
 }

@@ -1,0 +1,223 @@
+"""Times steps on networks that people train first: `python -m benchmarks.networks`.
+
+In one process, which the contestants take turns in: AdamW, Muon with AdamW, SOAP, and
+the recipe, late in a run, where its factors are updated in every tenth step, and in the
+first hundred steps of one.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from benchmarks import environment, results
+from benchmarks.training.builders import BUILDERS
+from benchmarks.training.tasks import TASKS
+from benchmarks.worker import BATCH_SIZE, gradients
+from sirfshampoo import recipe
+
+Settings = dict[str, Any] | Callable[[nn.Module], dict[str, Any]]
+
+LATE = 1000  # a step from which on the recipe's interval is 10
+EARLY = range(100)
+PERIODS = 3  # of ten steps that a turn late in a run has
+
+
+def resnet20() -> nn.Module:
+    """Return the ResNet of 20 layers for small images: 59 tensors, no shortcuts'."""
+    layers: list[nn.Module] = []
+
+    def add(channels: int, out: int) -> None:
+        layers.extend([nn.Conv2d(channels, out, 3, bias=False), nn.BatchNorm2d(out)])
+
+    add(3, 16)
+    for channels, out in ((16, 16), (16, 32), (32, 64)):
+        for block in range(3):
+            add(channels if block == 0 else out, out)
+            add(out, out)
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+def of_task(name: str) -> Callable[[], nn.Module]:
+    """Return what builds the network of a training task."""
+    return lambda: TASKS[name].model(TASKS[name].load())
+
+
+NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
+    "CNN, 8 tensors": of_task("digits-cnn"),
+    "ResNet-20, 59 tensors": resnet20,
+    "GPT, width 64, 30 tensors": of_task("transformer"),
+    "GPT, width 128, 54 tensors": of_task("transformer-128"),
+}
+"""What is timed; a new network joins with one line."""
+
+
+def of_recipe(settings: Mapping[str, Any]) -> Callable[[nn.Module], dict[str, Any]]:
+    """Return what tells the recipe's arguments for a network that is never called."""
+    told = {"batch_size": BATCH_SIZE, "steps": 5000}
+    return lambda model: {**recipe(model, **told), "batch_size": BATCH_SIZE, **settings}
+
+
+_LR = {"lr": 1e-3, "weight_decay": 0.01}
+CONTESTANTS: Mapping[str, tuple[str, Settings]] = {
+    "AdamW(foreach=True)": ("adamw", {**_LR, "beta2": 0.999, "foreach": True}),
+    "Muon + AdamW": ("muon", {**_LR, "momentum": 0.95}),
+    "SOAP, T = 10": ("soap", {**_LR, "beta2": 0.95, "precondition_frequency": 10}),
+    "recipe": ("sirfshampoo", of_recipe({})),
+    "recipe, bfloat16": (
+        "sirfshampoo",
+        of_recipe({"preconditioner_dtypes": "bfloat16"}),
+    ),
+}
+"""Builder and settings of each; the first is the unit."""
+
+
+class Entry:
+    """One contestant on one network."""
+
+    def __init__(self, model: nn.Module, builder: str, settings: Settings) -> None:
+        """Build the optimizers, and draw gradients."""
+        self.model = deepcopy(model)
+        arguments = settings(self.model) if callable(settings) else dict(settings)
+        self.optimizers = BUILDERS[builder](self.model, arguments)
+        self._pool = [gradients(self.model, seed) for seed in range(4)]
+        self._steps = 0
+
+    @property
+    def has_early_steps(self) -> bool:
+        """Whether steps at the start of a run cost more."""
+        return hasattr(self.optimizers[0], "global_step")
+
+    def step(self) -> float:
+        """Take a step; return the milliseconds."""
+        fresh: list[Tensor] = self._pool[self._steps % len(self._pool)]
+        for p, gradient in zip(self.model.parameters(), fresh, strict=True):
+            p.grad = gradient.clone()
+        self._steps += 1
+        start = perf_counter()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return 1e3 * (perf_counter() - start)
+
+    def go_to(self, step: int) -> None:
+        """Count steps from there on."""
+        optimizer: Any = self.optimizers[0]
+        optimizer.global_step = step
+
+    def late(self, periods: int = PERIODS) -> list[float]:
+        """Return the milliseconds of steps in whole periods, late in a run."""
+        if self.has_early_steps:
+            self.go_to(LATE)
+        return [self.step() for _ in range(10 * periods)]
+
+    def early(self) -> list[float]:
+        """Return the milliseconds of the first hundred steps."""
+        self.go_to(0)
+        return [self.step() for _ in EARLY]
+
+
+def measure(name: str, rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
+    """Let the contestants take turns on a network."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    entries = {k: Entry(model, *spec) for k, spec in CONTESTANTS.items()}
+    found: dict[str, dict[str, list[float]]] = {k: {} for k in entries}
+    for entry in entries.values():  # warm-up, from the start of a run on
+        for _ in range(40):
+            entry.step()
+        entry.late(1)
+
+    def note(key: str, what: str, ms: Iterable[float]) -> None:
+        found[key].setdefault(what, []).append(round(fmean(ms), 4))
+
+    for number in range(rounds):
+        # Back and forth: nobody always follows the same neighbour.
+        order = list(entries.items())[:: 1 if number % 2 == 0 else -1]
+        for key, entry in order:
+            note(key, "late", entry.late())
+            if entry.has_early_steps:
+                note(key, "early", entry.early())
+                entry.late(1)
+        advance()
+    numbers = sum(p.numel() for p in model.parameters())
+    return {"network": name, "numbers": numbers, "ms": found}
+
+
+def ratios(
+    ms: Mapping[str, Mapping[str, list[float]]], of: str, to: str, what: str = "late"
+) -> results.Spread:
+    """Return how many of another contestant's late steps a step takes, by rounds."""
+    pairs = zip(ms[of][what], ms[to]["late"], strict=True)
+    return results.Spread.of([a / b for a, b in pairs])
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of a table: a line for each network and number of threads."""
+    unit, muon, soap, ours, half = CONTESTANTS
+    rows = []
+    for case in result["cases"]:
+        ms = case["ms"]
+        row = [case["network"], str(case["threads"])]
+        row += [f"{median(ms[k]['late']):.2f}" for k in (unit, muon, soap, ours, half)]
+        row += [f"{ratios(ms, ours, k).median:.2f}" for k in (muon, soap)]
+        row.append(f"{ratios(ms, ours, ours, 'early').median:.2f}")
+        rows.append(row)
+    return rows
+
+
+HEADINGS = [
+    "network",
+    "threads",
+    *CONTESTANTS,
+    "recipe / Muon",
+    "recipe / SOAP",
+    "first 100 / late",
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and write the JSON file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.networks", description=__doc__
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each (9)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", default="", help="part of a network's name")
+    path = results.RESULTS / "networks.json"
+    parser.add_argument("--out", type=Path, default=path, help=f"({path.name})")
+    args = parser.parse_args(arguments)
+    sys.path.append(str(environment.folder_of("pytorch-optimizer")))
+    chosen = [name for name in NETWORKS if args.only in name]
+    console = Console(stderr=True)
+    cases = []
+    with Progress(console=console) as progress:
+        total = len(chosen) * len(args.threads) * args.rounds
+        bar = progress.add_task("networks", total=total)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for name in chosen:
+                progress.update(bar, description=f"{name}, threads: {threads}")
+                case = measure(name, args.rounds, lambda: progress.advance(bar))
+                cases.append({"threads": threads, **case})
+    result = {
+        "environment": environment.describe(max(args.threads)),
+        "rounds": args.rounds,
+        "cases": cases,
+    }
+    results.save(result, args.out)
+    for row in [HEADINGS, *table(result)]:
+        print(" | ".join(row))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
