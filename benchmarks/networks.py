@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -19,13 +20,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from benchmarks import environment, results
+from benchmarks import environment, results, tables
 from benchmarks.training.builders import BUILDERS
 from benchmarks.training.tasks import TASKS
 from benchmarks.worker import BATCH_SIZE, gradients
 from sirfshampoo import recipe
 
 Settings = dict[str, Any] | Callable[[nn.Module], dict[str, Any]]
+
+Times = Mapping[str, Mapping[str, list[float]]]
 
 LATE = 1000  # a step from which on the recipe's interval is 10
 EARLY = range(100)
@@ -67,6 +70,7 @@ def of_recipe(settings: Mapping[str, Any]) -> Callable[[nn.Module], dict[str, An
     return lambda model: {**recipe(model, **told), "batch_size": BATCH_SIZE, **settings}
 
 
+COMPILED = "recipe, compiled"
 _LR = {"lr": 1e-3, "weight_decay": 0.01}
 CONTESTANTS: Mapping[str, tuple[str, Settings]] = {
     "AdamW(foreach=True)": ("adamw", {**_LR, "beta2": 0.999, "foreach": True}),
@@ -77,18 +81,24 @@ CONTESTANTS: Mapping[str, tuple[str, Settings]] = {
         "sirfshampoo",
         of_recipe({"preconditioner_dtypes": "bfloat16"}),
     ),
+    COMPILED: ("sirfshampoo", of_recipe({"lr": torch.tensor(0.08)})),
 }
-"""Builder and settings of each; the first is the unit."""
+"""Builder and settings of each."""
 
 
 class Entry:
     """One contestant on one network."""
 
-    def __init__(self, model: nn.Module, builder: str, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, builder: str, settings: Settings, *, compiles: bool
+    ) -> None:
         """Build the optimizers, and draw gradients."""
         self.model = deepcopy(model)
         arguments = settings(self.model) if callable(settings) else dict(settings)
         self.optimizers = BUILDERS[builder](self.model, arguments)
+        self._takes = [optimizer.step for optimizer in self.optimizers]
+        if compiles:
+            self._takes = [torch.compile(take) for take in self._takes]
         self._pool = [gradients(self.model, seed) for seed in range(4)]
         self._steps = 0
 
@@ -104,8 +114,8 @@ class Entry:
             p.grad = gradient.clone()
         self._steps += 1
         start = perf_counter()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        for take in self._takes:
+            take()
         return 1e3 * (perf_counter() - start)
 
     def go_to(self, step: int) -> None:
@@ -125,11 +135,19 @@ class Entry:
         return [self.step() for _ in EARLY]
 
 
-def measure(name: str, rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
-    """Let the contestants take turns on a network."""
+def measure(
+    name: str,
+    contestants: Mapping[str, tuple[str, Settings]],
+    rounds: int,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """Let contestants take turns on a network."""
     torch.manual_seed(0)
     model = NETWORKS[name]()
-    entries = {k: Entry(model, *spec) for k, spec in CONTESTANTS.items()}
+    entries = {
+        key: Entry(model, *spec, compiles=key == COMPILED)
+        for key, spec in contestants.items()
+    }
     found: dict[str, dict[str, list[float]]] = {k: {} for k in entries}
     for entry in entries.values():  # warm-up, from the start of a run on
         for _ in range(40):
@@ -152,36 +170,34 @@ def measure(name: str, rounds: int, advance: Callable[[], None]) -> dict[str, An
     return {"network": name, "numbers": numbers, "ms": found}
 
 
-def ratios(
-    ms: Mapping[str, Mapping[str, list[float]]], of: str, to: str, what: str = "late"
-) -> results.Spread:
-    """Return how many of another contestant's late steps a step takes, by rounds."""
+def ratio(ms: Times, of: str, to: str, what: str = "late") -> str:
+    """Tell how many of another contestant's late steps a step takes, by rounds."""
     pairs = zip(ms[of][what], ms[to]["late"], strict=True)
-    return results.Spread.of([a / b for a, b in pairs])
+    spread = results.Spread.of([a / b for a, b in pairs])
+    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
 
 
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """Return the rows of a table: a line for each network and number of threads."""
-    unit, muon, soap, ours, half = CONTESTANTS
-    rows = []
+def table(result: dict[str, Any]) -> tables.Grid:
+    """Return a line for each network and number of threads."""
+    _, muon, soap, ours, *_ = CONTESTANTS
+    timed = [k for k in CONTESTANTS if any(k in case["ms"] for case in result["cases"])]
+    lines = []
     for case in result["cases"]:
-        ms = case["ms"]
-        row = [case["network"], str(case["threads"])]
-        row += [f"{median(ms[k]['late']):.2f}" for k in (unit, muon, soap, ours, half)]
-        row += [f"{ratios(ms, ours, k).median:.2f}" for k in (muon, soap)]
-        row.append(f"{ratios(ms, ours, ours, 'early').median:.2f}")
-        rows.append(row)
-    return rows
-
-
-HEADINGS = [
-    "network",
-    "threads",
-    *CONTESTANTS,
-    "recipe / Muon",
-    "recipe / SOAP",
-    "first 100 / late",
-]
+        ms: Times = case["ms"]
+        line = [f"{case['network']}; {case['threads']}"]
+        line += [f"{median(ms[k]['late']):.2f}" if k in ms else "–" for k in timed]
+        line += [ratio(ms, ours, muon), ratio(ms, ours, soap)]
+        line.append(ratio(ms, ours, ours, "early"))
+        lines.append(tuple(line))
+    header = ("network; threads", *timed, f"recipe / {muon}", f"recipe / {soap}")
+    notes = [
+        f"{tables.where(result['environment'])} Milliseconds a step, medians over "
+        f"{result['rounds']} rounds of means over {10 * PERIODS} steps late in a run. "
+        "Last column: the mean of the first hundred steps, in late ones. Ratios are "
+        "medians of those within a round (quartiles). Muon has the hidden matrices, "
+        "AdamW all else: of the two networks of convolutions nearly all.",
+    ]
+    return tables.Grid((*header, "first 100 / late"), lines, notes)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -192,6 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="turns of each (9)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", default="", help="part of a network's name")
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch.compile(step), too: needs g++"
+    )
     path = results.RESULTS / "networks.json"
     parser.add_argument("--out", type=Path, default=path, help=f"({path.name})")
     args = parser.parse_args(arguments)
@@ -206,7 +225,13 @@ def main(arguments: list[str] | None = None) -> int:
             torch.set_num_threads(threads)
             for name in chosen:
                 progress.update(bar, description=f"{name}, threads: {threads}")
-                case = measure(name, args.rounds, lambda: progress.advance(bar))
+                chosen_ones = {
+                    key: spec
+                    for key, spec in CONTESTANTS.items()
+                    if args.compiled or key != COMPILED
+                }
+                advance = partial(progress.advance, bar)
+                case = measure(name, chosen_ones, args.rounds, advance)
                 cases.append({"threads": threads, **case})
     result = {
         "environment": environment.describe(max(args.threads)),
@@ -214,8 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
         "cases": cases,
     }
     results.save(result, args.out)
-    for row in [HEADINGS, *table(result)]:
-        print(" | ".join(row))
+    console.print(table(result).rich("Steps on networks that people train first"))
+    console.print(f"Saved to {args.out}. Now `python -m benchmarks.report`.")
     return 0
 
 

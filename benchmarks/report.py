@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import costs, front, results, tables
+from benchmarks import costs, front, networks, results, tables
 from benchmarks.environment import ROOT
 from benchmarks.gpu import tables as visits
 from benchmarks.training import pictures
@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
     "scale": tables.scale,
     "training": training.task,
     "costs": costs.table,
+    "networks": networks.table,
     "operations": costs.operations,
 }
 """What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
@@ -86,7 +87,7 @@ TEXTS = tuple(
         "docs/many_devices.md",
     )
 )
-OWN_NAMES = ("conformance", "costs", "scaling", "scale")
+OWN_NAMES = ("conformance", "costs", "networks", "scaling", "scale")
 """Tables whose results stand in a file of their own name."""
 
 

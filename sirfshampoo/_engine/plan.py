@@ -147,7 +147,7 @@ def batches(tasks: Iterable[Task]) -> list[list[Task]]:
             settings.lr,
             settings.alpha1,
             settings.kappa,
-            task.averages_gradients,
+            task.stack.V is None,
             first.device,
             first.dtype,
         )

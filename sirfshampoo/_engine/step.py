@@ -35,9 +35,9 @@ from sirfshampoo._method.descent import (
     descend,
     length_of,
     limiting,
-    magnitudes,
     normalizing,
     row_norms,
+    row_sums,
     scale_rows,
     size_of,
 )
@@ -120,35 +120,47 @@ def take_steps(
         counters: The tasks' `skipped`: Dynamo passes over calls that get no tensor.
     """
     for batch in route.in_turn(tasks):
-        learned: list[Tensor | None] = []  # which rows moved in factors; None: all
-        U = []
+        learned: list[Tensor | None] = []  # which rows did; None: all
+        U: list[Tensor] = []
         for task, (G, ahead_of) in zip(batch, route.gather(batch), strict=True):
-            due = task.settings.due
-            learned.append(
-                _update_factors(task, G, batch_size, workspace) if due else None
-            )
-            U.append(
-                precondition_rows(task.stack, task.rows, ahead_of, task.preparation)
-            )
-        tops = magnitudes(U)
-        rows = [len(task.units) for task in batch]
-        finite = finite_rows(tops)
-        moves = learned
-        if finite is not None:
-            parts = finite.split(rows)
-            moves = [both(m, f) for m, f in zip(learned, parts, strict=True)]
-        scales: Sequence[Tensor | None] = [None] * len(batch)
-        if batch[0].settings.variant.normalize_update:
-            first = [task.units[0] for task in batch]
-            sizes = [size_of(unit.dims, embeds=unit.embeds) for unit in first]
-            scales = normalizing(U, tops, sizes=sizes).split(rows)
-        updates = []
-        for task, U_i, scale, mask in zip(batch, U, scales, moves, strict=True):
-            if mask is not None:
-                task.skipped.add_(~mask)
-            pieces = scattered(task.units, U_i)
-            updates += [Update(task, j, pieces[j], scale, mask) for j in task.present]
-        route.deliver(updates)
+            moves = None
+            if task.settings.due:
+                moves = _update_factors(task, G, batch_size, workspace)
+            learned.append(moves)
+            rows, preparation = task.rows, task.preparation
+            U.append(precondition_rows(task.stack, rows, ahead_of, preparation))
+        route.deliver(_updates(batch, U, learned))
+
+
+def _updates(
+    batch: Sequence[Task], U: Sequence[Tensor], learned: Sequence[Tensor | None]
+) -> list[Update]:
+    """Return what the parameters of a batch are to move along.
+
+    Args:
+        batch: The tasks.
+        U: What is pre-conditioned of each, ``[rows, *dims]``; overwritten.
+        learned: Which rows of each may move, ``[rows]``; None: all.
+    """
+    units, variant = [task.units[0] for task in batch], batch[0].settings.variant
+    rows = [len(task.units) for task in batch]
+    probe = row_norms if variant.normalize_update else row_sums
+    probes = torch.cat([probe(U_i) for U_i in U])
+    finite = finite_rows(probes)
+    if finite is not None:
+        pairs = zip(learned, finite.split(rows), strict=True)
+        learned = [both(mask, other) for mask, other in pairs]
+    scales: Sequence[Tensor | None] = [None] * len(batch)
+    if variant.normalize_update:
+        sizes = [size_of(unit.dims, embeds=unit.embeds) for unit in units]
+        scales = normalizing(U, probes, sizes=sizes).split(rows)
+    updates = []
+    for task, U_i, scale, moves in zip(batch, U, scales, learned, strict=True):
+        if moves is not None:
+            task.skipped.add_(~moves)
+        pieces = scattered(task.units, U_i)
+        updates += [Update(task, j, pieces[j], scale, moves) for j in task.present]
+    return updates
 
 
 def _update_factors(

@@ -8,7 +8,6 @@ from math import sqrt
 import torch
 from torch import Size, Tensor
 
-from sirfshampoo._method.rows import magnitude
 from sirfshampoo.structures.base import accumulation_dtype, per_matrix
 from sirfshampoo.structures.products import product
 
@@ -39,7 +38,9 @@ def size_of(shape: Size, *, embeds: bool) -> float:
     return sqrt(shape[0]) if len(shape) > 1 else 1.0
 
 
-def normalizing(U: Sequence[Tensor], tops: Tensor, *, sizes: Sequence[float]) -> Tensor:
+def normalizing(
+    U: Sequence[Tensor], norms: Tensor, *, sizes: Sequence[float]
+) -> Tensor:
     """Divide rows by powers of two, in place, and return what gives them a size.
 
     U ← size · r^(−1/4) / ‖U‖_S4 · U, for matrices ``[m, D / m]``, r = min(m, D / m).
@@ -49,47 +50,43 @@ def normalizing(U: Sequence[Tensor], tops: Tensor, *, sizes: Sequence[float]) ->
     norm. A direction that holds most of a large matrix gets 3 · size / √r at most.
 
     Args:
-        U: Pre-conditioned gradients, ``[rows, *dims]`` each. Their largest entry lies
-            between ½ and 1 then, and no digit is lost. What is 0 stays so.
-        tops: What `magnitudes` says of them.
+        U: Pre-conditioned gradients, ``[rows, *dims]`` each. ‖U‖_F lies between ½ and 1
+            then, and no digit is lost. What is 0 stays so.
+        norms: ‖U‖_F in all their rows, one after the other.
         sizes: What `size_of` says of each.
 
     Returns:
         What to multiply on, ``[rows]`` of all, one after the other.
     """
-    powers = tops.clamp(min=torch.finfo(tops.dtype).tiny).frexp().exponent
-    scale_rows(U, torch.exp2(-powers.to(tops.dtype)))
-    squares = [_squared_size(U_i, size) for U_i, size in zip(U, sizes, strict=True)]
-    norms = torch.cat(squares).sqrt_()
-    return norms.reciprocal().masked_fill_(norms == 0, 0.0)
+    powers = norms.clamp(min=torch.finfo(norms.dtype).tiny).frexp().exponent
+    scale = torch.exp2(-powers.to(norms.dtype))
+    scale_rows(U, scale)
+    parts = (norms * scale).split([len(U_i) for U_i in U])
+    triples = zip(U, parts, sizes, strict=True)
+    squares = [_squared_size(U_i, norm, size) for U_i, norm, size in triples]
+    found = torch.cat(squares).sqrt_()
+    return found.reciprocal().masked_fill_(found == 0, 0.0)
 
 
-def _squared_size(U: Tensor, size: float) -> Tensor:
+def _squared_size(U: Tensor, norm: Tensor, size: float) -> Tensor:
     """Return the square of what rows are to be divided by, ``[rows]``."""
-    dtype = accumulation_dtype(U.dtype)
     if U.ndim == 2:
-        norm: Tensor = torch.linalg.vector_norm(U, dim=1, dtype=dtype) / size
-        return norm.square()
-    X = (U.flatten(2) if U.ndim > 3 else U).to(dtype)
+        return (norm / size).square_()
+    X = (U.flatten(2) if U.ndim > 3 else U).to(norm.dtype)
     m, r = X.shape[1], min(X.shape[1:])
     scale = max(r, 1) ** 0.5 / size**2
     S = product(X, X.mT, scale) if m == r else product(X.mT, X, scale)
-    norm = torch.linalg.vector_norm(S, dim=(1, 2))
+    of_S: Tensor = torch.linalg.vector_norm(S, dim=(1, 2))
     if r <= _LONGEST_DIRECTION**4:  # no direction is longer
-        return norm
+        return of_S
     # the power method, from the axis that the diagonal's largest entry belongs to
     largest = S.diagonal(dim1=1, dim2=2).argmax(1)
     v = S.gather(2, largest[:, None, None].expand(-1, r, 1))
-    v = product(S, v / per_matrix(norm, v))
+    v = product(S, v / per_matrix(of_S, v))
     before = torch.linalg.vector_norm(v, dim=(1, 2))
     after = torch.linalg.vector_norm(product(S, v), dim=(1, 2))
     # of 0, that is 0 / 0
-    return norm.fmax(after / before * (r**0.5 / _LONGEST_DIRECTION**2))
-
-
-def magnitudes(U: Sequence[Tensor]) -> Tensor:
-    """Return the largest magnitudes in the rows of all, one after the other."""
-    return torch.cat([magnitude(U_i) for U_i in U])
+    return of_S.fmax(after / before * (r**0.5 / _LONGEST_DIRECTION**2))
 
 
 def scale_rows(U: Sequence[Tensor], scale: Tensor) -> None:
@@ -109,6 +106,12 @@ def row_norms(X: Tensor) -> Tensor:
     flat, dtype = X.flatten(1), accumulation_dtype(X.dtype)
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     return norms
+
+
+def row_sums(X: Tensor) -> Tensor:
+    """Return the sum of each row, ``[rows]``, as float32 at least."""
+    # one entry that is not finite makes the sum so
+    return X.flatten(1).sum(1, dtype=accumulation_dtype(X.dtype))
 
 
 def length_of(norm: Tensor, *, size: float) -> Tensor:

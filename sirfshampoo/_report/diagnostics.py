@@ -18,7 +18,6 @@ from sirfshampoo._engine.step import precondition_rows
 from sirfshampoo._method.descent import (
     length_of,
     limiting,
-    magnitudes,
     normalizing,
     row_norms,
     scale_rows,
@@ -88,7 +87,7 @@ def _of_direction(
     U = precondition_rows(stack, rows, G)
     if variant.normalize_update:
         size = size_of(unit.dims, embeds=unit.embeds)
-        scale_rows([U], normalizing([U], magnitudes([U]), sizes=[size]))
+        scale_rows([U], normalizing([U], row_norms(U), sizes=[size]))
     if limit is not None:
         pieces = scattered([unit], U)
         for U_j, W_j in zip(pieces, W, strict=True):

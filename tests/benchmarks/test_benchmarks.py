@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment, memory, report, results, step, tables, worker
+from benchmarks import (
+    environment,
+    memory,
+    networks,
+    report,
+    results,
+    step,
+    tables,
+    worker,
+)
 from benchmarks.agreement import difference
 from benchmarks.contestants import CONTESTANTS, LIMITS, MIXED, UNIT, Contestant, choose
 from benchmarks.memory import Peak, held_bytes
@@ -547,3 +556,18 @@ def test_the_texts_show_the_committed_results(text: Path) -> None:
     wanted = {report.result_name(m) for m in report.MARKER.finditer(old)}
     assert wanted <= set(names)
     assert report.render(old, results.RESULTS)[0] == old
+
+
+def test_contestants_take_turns_on_a_network() -> None:
+    name = "CNN, 8 tensors"
+    chosen = {k: networks.CONTESTANTS[k] for k in ("Muon + AdamW", "recipe")}
+    turns: list[None] = []
+    case = networks.measure(name, chosen, 2, lambda: turns.append(None))
+    assert len(turns) == 2
+    assert {k: sorted(ms) for k, ms in case["ms"].items()} == {
+        "Muon + AdamW": ["late"],
+        "recipe": ["early", "late"],
+    }
+    assert all(len(x) == 2 for ms in case["ms"].values() for x in ms.values())
+    ms = {"a": {"late": [2.0, 6.0, 4.0]}, "b": {"late": [1.0, 2.0, 4.0]}}
+    assert networks.ratio(ms, "a", "b") == "2.00 (1.50 to 2.50)"

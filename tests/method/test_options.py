@@ -18,7 +18,7 @@ from sirfshampoo import (
     SIRFShampoo,
     recipe,
 )
-from sirfshampoo._method.descent import magnitudes, normalizing, scale_rows
+from sirfshampoo._method.descent import normalizing, row_norms, scale_rows
 
 OPTIONS: dict[str, Any] = {
     "initial_factors": "gradient",
@@ -171,7 +171,7 @@ def test_an_update_has_the_size_of_orthonormal_rows(shape: tuple[int, ...]) -> N
 def normalized(U: Tensor, *, size: float) -> Tensor:
     """Return one update at a size."""
     rows = U.clone().unsqueeze(0)
-    scale_rows([rows], normalizing([rows], magnitudes([rows]), sizes=[size]))
+    scale_rows([rows], normalizing([rows], row_norms(rows), sizes=[size]))
     return rows[0]
 
 
