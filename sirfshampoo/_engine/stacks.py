@@ -118,7 +118,7 @@ class Stack:
     def may_start(self) -> bool:
         """Whether factors of some rows may be 0 yet, as far as is known here."""
         is_told = device.is_at_hand(self.skipped) and not self._are_shared
-        return bool(self.starting) or not is_told
+        return not is_told or bool(self.starting)  # so, compiled steps are all alike
 
     @property
     def lacks_momenta(self) -> bool:

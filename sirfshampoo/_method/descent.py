@@ -103,7 +103,7 @@ def scale_rows(U: Sequence[Tensor], scale: Tensor) -> None:
 
 def row_norms(X: Tensor) -> Tensor:
     """Return the Frobenius norm of each row, ``[rows]``, as float32 at least."""
-    flat, dtype = X.flatten(1), accumulation_dtype(X.dtype)
+    flat, dtype = X.reshape(len(X), X.shape[1:].numel()), accumulation_dtype(X.dtype)
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     return norms
 

@@ -535,3 +535,18 @@ def test_diagnostics_of_float64_and_of_names_that_coincide() -> None:
     optimizer.step()
     told = optimizer.diagnostics()
     assert told["w#0/update_rms"] == told["w#1/update_rms"] > 0
+
+
+def test_what_others_put_into_the_state_stays_and_costs_no_rebuilding() -> None:
+    net = model()
+    optimizer = SIRFShampoo(net, batch_size=3)
+    draw_gradients(net)
+    optimizer.step()
+    stacks = optimizer._stacks()
+    for step in range(3):
+        mine = torch.full((1,), float(step))
+        optimizer.state[net[0].weight]["mine"] = mine
+        draw_gradients(net)
+        optimizer.step()
+        assert optimizer._stacks() is stacks
+        assert optimizer.state[net[0].weight]["mine"] is mine

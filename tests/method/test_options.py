@@ -168,6 +168,15 @@ def test_an_update_has_the_size_of_orthonormal_rows(shape: tuple[int, ...]) -> N
     assert torch.equal(p, before)
 
 
+def test_a_number_alone_is_limited_as_a_vector() -> None:
+    p = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    options = {"lr": 1.0, "normalize_update": True, "max_relative_update": 0.01}
+    optimizer = SIRFShampoo([p], batch_size=1, alpha1=0.0, **options)
+    p.grad = torch.tensor(3.0, dtype=torch.float64)
+    optimizer.step()
+    assert p.item() == pytest.approx(2.0 * 0.99)
+
+
 def normalized(U: Tensor, *, size: float) -> Tensor:
     """Return one update at a size."""
     rows = U.clone().unsqueeze(0)
