@@ -34,12 +34,21 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def killed_after(seconds: float, run: Callable[[], Any]) -> bool:
+def killed_after(
+    seconds: float, run: Callable[[], Any], *, in_the_midst_of: Path | None = None
+) -> bool:
     """Fork, run, and kill the fork; return whether it was still running.
+
+    Args:
+        seconds: How long it runs.
+        run: What it runs.
+        in_the_midst_of: Wait until this file is there: it is being written.
 
     Raises:
         RuntimeError: If it failed before.
     """
+    if in_the_midst_of is not None:
+        in_the_midst_of.unlink(missing_ok=True)  # that of a run before
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # nothing that hangs is left behind
@@ -50,8 +59,13 @@ def killed_after(seconds: float, run: Callable[[], Any]) -> bool:
         finally:
             os._exit(code)
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    ended = status = 0
+    if in_the_midst_of is not None:
+        while not ended and not in_the_midst_of.exists():
+            ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError("A run failed by itself.")
     return os.WIFSIGNALED(status)
@@ -82,7 +96,12 @@ def main(kills: int, folder: Path) -> None:
     while len(found) < kills:
         # what a killed run left is where the next one starts, until one finishes
         delay = generator.uniform(0, seconds)
-        if killed_after(delay, lambda: finish(resume(SETTINGS, path), path)):
+        partial = path.with_name(f"{path.name}.partial")
+        if killed_after(
+            delay,
+            lambda: finish(resume(SETTINGS, path), path),
+            in_the_midst_of=partial if len(found) % 2 else None,
+        ):
             found.append(examine(path, whole))
         else:
             path.unlink()
