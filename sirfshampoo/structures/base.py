@@ -323,18 +323,18 @@ class StructuredMatrix(ABC):
         if d == 0:
             return torch.zeros(self.batch_shape, dtype=dtype, device=self.device)
         tiny = torch.finfo(dtype).tiny
-        # products must stay in range
-        K = self.map(Tensor.float) if self.dtype == torch.float16 else self
+        v = torch.zeros(*self.batch_shape, d, 1, dtype=dtype, device=self.device)
         diagonals = [t.flatten(self.batch_ndim) for t in self.diagonals()]
         diagonal = diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, -1)
-        v = torch.zeros(*self.batch_shape, d, 1, dtype=K.dtype, device=self.device)
         v.scatter_(-2, diagonal.abs().argmax(-1)[..., None, None], 1.0)
-        v = K.rmatmat(K.matmat(v)).to(dtype)
-        v /= torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True).clamp_(min=tiny)
-        v = K.matmat(v.to(K.dtype))
-        before = torch.linalg.vector_norm(v, dim=(-2, -1), dtype=dtype)
-        norm: Tensor = torch.linalg.vector_norm(K.rmatmat(v), dim=(-2, -1), dtype=dtype)
-        return norm.div_(before.clamp_(min=tiny))
+        for multiply in (self.matmat, self.rmatmat) * 2:
+            # K / √d stays in the range of half precision; after each product, since
+            # that of several leaves any range when gradients jump
+            v = multiply(v.to(self.dtype), scale=d**-0.5).to(dtype)
+            norm = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+            v = v / norm.clamp(min=tiny)
+        estimate: Tensor = norm[..., 0, 0] * d**0.5
+        return estimate
 
     def probe(self) -> Tensor:
         """Return numbers ``[*batch]`` that are finite only if all entries are."""

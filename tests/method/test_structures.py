@@ -416,6 +416,21 @@ def test_reductions_agree_with_dense(name: str, d: int) -> None:
 
 
 @each_structure
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_spectral_norm_grows_with_the_matrix(
+    name: str, size: float, dtype: torch.dtype
+) -> None:
+    K = random_matrix(name, 12, (3,)).map(lambda t: t.to(dtype))
+    far = K.map(
+        lambda t: t * size
+    )  # as after a gradient that is a million times larger
+    torch.testing.assert_close(
+        far.spectral_norm() / size, K.spectral_norm(), rtol=0.02, atol=0.0
+    )
+
+
+@each_structure
 @each_dim
 def test_the_spectral_norm_of_what_factors_learn_is_hardly_missed(
     name: str, d: int
