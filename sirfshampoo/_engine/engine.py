@@ -14,6 +14,7 @@ from sirfshampoo._config.groups import NUMBERS
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, is_dtensor, local
 from sirfshampoo._engine.costs import interval_of
+from sirfshampoo._engine.everywhere import Everywhere
 from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.owners import Owners
 from sirfshampoo._engine.plan import Settings, Task, plan_stack
@@ -21,7 +22,7 @@ from sirfshampoo._engine.relay import Relay
 from sirfshampoo._engine.snapshot import Snapshot
 from sirfshampoo._engine.spread import Phases
 from sirfshampoo._engine.stacks import Stack, State, stack_units
-from sirfshampoo._engine.step import Everywhere, Route
+from sirfshampoo._engine.step import Route
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._engine.warn import warn_of_rest
 from sirfshampoo._method.factors import Workspace
