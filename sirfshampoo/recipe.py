@@ -17,9 +17,10 @@ from sirfshampoo.combiner import EMBEDDINGS, FlattenKernel
 
 __all__ = ["GrowingInterval", "choose_structures", "recipe"]
 
-#: The learning rate is so many times AdamW's: a step has the size of a matrix with
-#: orthonormal rows, whatever the loss, the batch and the number of parameters.
-_RATE = 80.0
+#: The learning rate is so many times AdamW's over the root of the number of weights: a
+#: step has the size of a matrix with orthonormal rows, whatever the loss, the batch and
+#: the number of parameters, and the steps of L weights add up like the root of L.
+_RATE = 250.0
 
 #: No parameter moves by more in a step, relative to its size: by the first; in a short
 #: run by the second over all, so that it may grow tenfold; but never by the third.
@@ -29,7 +30,7 @@ _LONGEST, _LONGEST_OVERALL, _LONGEST_OF_ALL = 0.03, 5.0, 0.1
 _AXES = range(2, 9)
 
 #: Weights shrink by the first in a step, or by the second over all, if that is less.
-_SHRINK, _SHRINK_OVERALL = 0.015, 1.0
+_SHRINK, _SHRINK_OVERALL = 0.03, 3.0
 
 
 def recipe(
@@ -56,14 +57,17 @@ def recipe(
             No setting depends on it; a step warns if others are counted.
         steps: How many steps training takes: the weight decay follows from it and, in
             runs of fewer than 167, how far a step may go beside the parameter.
-        lr: AdamW's learning rate, to which the recipe's own is proportional. Leave it
-            at 1e-3, with which all was measured, whatever a search of AdamW finds.
+        lr: AdamW's learning rate, to which the recipe's own is proportional: it is 250
+            times that over the root of the number of trained weights, those parameters
+            that have more than one axis. Leave it at 1e-3, with which all was measured,
+            whatever a search of AdamW finds; divide it by four to fine-tune on little
+            data.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
         weight_decay: Weights shrink by lr · weight_decay in a step, as AdamW's.
-            Default: by 1 / `steps` at the full learning rate, or by 0.015 if that is
+            Default: by 3 / `steps` at the full learning rate, or by 0.03 if that is
             less; not at all without `steps`. This is a `weight_decay` of
-            1000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is less in runs of
-            fewer than 10,000 steps. Vectors such as biases never shrink.
+            3000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is less in runs of
+            fewer than 30,000 steps. Vectors such as biases never shrink.
         max_dense: The longest axis with a dense factor; longer ones have block-diagonal
             factors, those of 16 times that length and vectors diagonal ones.
 
@@ -84,7 +88,8 @@ def recipe(
     if steps is not None:
         check_count("steps", steps)
     check_adamw(lr=lr, betas=betas, weight_decay=weight_decay)
-    own = _RATE * lr
+    weights = sum(p.requires_grad and _axes(p) > 1 for p in model.parameters())
+    own = _RATE * lr / max(weights, 1) ** 0.5
     longest = _LONGEST
     if steps is not None:
         longest = min(max(_LONGEST_OVERALL / steps, longest), _LONGEST_OF_ALL)

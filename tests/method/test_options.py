@@ -374,10 +374,23 @@ def test_a_group_has_an_option_or_is_told_that_it_cannot() -> None:
             SIRFShampoo([{"params": weights, option: 1}], batch_size=1)
 
 
+def test_the_rate_of_the_recipe_falls_with_the_root_of_the_number_of_weights() -> None:
+    layer = nn.Linear(2, 2)
+    rate = recipe(layer, batch_size=1)["lr"]
+    for number in (1, 4, 9):
+        layers = [nn.Linear(3, 3, bias=number > 4) for _ in range(number)]
+        vectors = (nn.LayerNorm(3), nn.Conv1d(1, 1, 1))
+        frozen = nn.Linear(3, 3).requires_grad_(False)
+        model = nn.Sequential(*layers, *vectors, frozen, layers[0])
+        told = recipe(model, batch_size=1)["lr"]
+        assert told == pytest.approx(rate / number**0.5)
+    assert recipe(nn.LayerNorm(3), batch_size=1)["lr"] == rate
+
+
 def test_the_recipe_has_one_rate() -> None:
     model = nn.Sequential(nn.Linear(40, 5), nn.LayerNorm(5), nn.Embedding(800, 7))
     arguments = recipe(model, batch_size=32, max_dense=50)
-    more = recipe(nn.Linear(2, 2), batch_size=128, lr=2e-3, betas=(0.8, 0.9))
+    more = recipe(model, batch_size=128, lr=2e-3, betas=(0.8, 0.9))
     assert more["lr"] == pytest.approx(2 * arguments["lr"])
     assert more["alpha1"] == 0.8
     optimizer = SIRFShampoo(model, batch_size=32, **arguments)
@@ -398,8 +411,8 @@ def test_the_recipe_has_one_rate() -> None:
     ("arguments", "shrink"),
     [
         ({}, 0.0),
-        ({"steps": 50}, 0.015),
-        ({"steps": 10_000}, 1e-4),
+        ({"steps": 50}, 0.03),
+        ({"steps": 10_000}, 3e-4),
         ({"steps": 100, "weight_decay": 0.0}, 0.0),
         ({"weight_decay": 0.1, "lr": 2e-3}, 2e-4),
     ],
