@@ -140,7 +140,7 @@ def build(
         run: What describes the run, see `trial.spec_of`.
     """
     told = {key: (run or {})[key] for key in WANTS.get(builder, ())}
-    return BUILDERS[builder](model, {**settings, **told})
+    return BUILDERS[builder](model, {**told, **settings})
 
 
 def edition(builder: str) -> str:

@@ -123,6 +123,13 @@ _CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "plain-decay": ("decay not cautious", {"cautious_decay": False}),
     "adamw-decay": ("weight_decay=0.1", {"weight_decay": 0.1}),
+    "untold": ("not told `steps`", {"steps": None}),
+    "cold": ("no warm-up", {"schedule": {"warms": False}}),
+    "constant": ("a constant rate after the warm-up", {"schedule": {"falls": False}}),
+    "flat": (
+        "a constant rate from the start, not told `steps`",
+        {"steps": None, "schedule": {"warms": False, "falls": False}},
+    ),
 }
 
 CONTESTANTS: dict[str, Contestant] = {

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,16 +53,22 @@ def key_of(spec: Spec) -> str:
     return json.dumps(spec, sort_keys=True)
 
 
-def warmup_cosine(step: int, steps: int) -> float:
+def warmup_cosine(
+    step: int, steps: int, *, warms: bool = True, falls: bool = True
+) -> float:
     """Return the factor on the learning rate: a tenth up linearly, the rest a cosine.
 
     Args:
         step: From 0.
         steps: Of the whole run.
+        warms: Whether the rate rises at first, or starts at its height.
+        falls: Whether it falls to 0, or stays.
     """
-    warmup = max(1, steps // 10)
+    warmup = max(1, steps // 10) if warms else 0
     if step < warmup:
         return (step + 1) / warmup
+    if not falls:
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
@@ -85,7 +92,9 @@ class Training:
         seed(spec["seed"])
         self.model = self.task.model(self.data)
         self._batches = torch.Generator().manual_seed(spec["seed"])
-        self.optimizers = build(spec["builder"], self.model, spec["settings"], spec)
+        settings = dict(spec["settings"])
+        self._factor = partial(warmup_cosine, **settings.pop("schedule", {}))
+        self.optimizers = build(spec["builder"], self.model, settings, spec)
         self._lr = [
             (group, float(group["lr"]) * spec["lr_factor"])
             for optimizer in self.optimizers
@@ -98,7 +107,7 @@ class Training:
         part = self.data.train
         rows = torch.randint(len(part), (self.batch_size,), generator=self._batches)
         batch = part.rows(rows)
-        factor = warmup_cosine(self.done, self.steps)
+        factor = self._factor(self.done, self.steps)
         for group, lr in self._lr:
             group["lr"] = lr * factor
         for optimizer in self.optimizers:

@@ -110,6 +110,23 @@ def test_the_schedule_warms_up_then_falls() -> None:
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0 < factors[-1] < 1e-3
+    cold = [trial.warmup_cosine(step, 100, warms=False) for step in range(100)]
+    assert cold[0] == 1.0
+    assert cold == sorted(cold, reverse=True)
+    stays = [trial.warmup_cosine(step, 100, falls=False) for step in range(100)]
+    assert stays == factors[:10] + [1.0] * 90
+
+
+def test_a_contestant_may_have_another_schedule() -> None:
+    flat = {"schedule": {"warms": False, "falls": False}}
+    usual, other = (
+        trial.run(spec(settings=SGD | more), curve=False)["test"] for more in ({}, flat)
+    )
+    assert usual != other
+    for name in ("cold", "constant", "flat", "untold"):
+        settings = spaces.CONTESTANTS[f"recipe-{name}"].draw("logistic", name, 0)
+        record = trial.run(spec(builder="recipe", settings=settings), curve=False)
+        assert record["diverged"] is None
 
 
 def test_divergence_is_told() -> None:
