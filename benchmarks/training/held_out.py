@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.training import actor_critic
 from benchmarks.training import held_out_models as models
 from benchmarks.training.data import Data
 from benchmarks.training.held_out_data import SHORT
@@ -105,6 +106,15 @@ TASKS: dict[str, Task] = {
         objective=_residual,
         batch_size=64,
         steps=800,
+    ),
+    "actor-critic": _task(
+        "actor and critic: a mass is to come to rest; cost of a step",
+        data="starts",
+        model=_always(actor_critic.ActorCritic, 64),
+        loss=actor_critic.cost,
+        objective=actor_critic.objective,
+        batch_size=64,
+        steps=300,
     ),
     "vae": _task(
         "variational autoencoder, digits",

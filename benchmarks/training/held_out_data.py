@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.training import actor_critic
 from benchmarks.training.parts import Data, cut_text, split
 
 USERS, ITEMS = 600, 400
@@ -125,6 +126,7 @@ SETS: dict[str, Callable[[], Data]] = {
     "ratings": _ratings,
     "boundary problem": _boundary_problem,
     "adding": _adding,
+    "starts": actor_critic.starts,
     "low digits": _some_digits(0),
     "high digits": _some_digits(5),
     "source": _source(SHORT, windows=256),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from sirfshampoo._method.factors import Workspace
 from sirfshampoo.structures import StructuredMatrix
 
 Group = Mapping[str, Any]
+Entry = TypeVar("Entry")
 
 
 class Engine:
@@ -195,21 +196,22 @@ class Engine:
 
     def factors(self, stacks: Sequence[Stack]) -> list[list[StructuredMatrix]]:
         """Return the factors of each unit, as views; none of what lies elsewhere."""
-        found: list[list[StructuredMatrix]] = [[] for _ in self.units]
-        for stack in stacks:
-            for row, unit in enumerate(stack.units if stack.held else ()):
-                found[unit.group] = [K_n[row] for K_n in stack.K]
-        return found
+        return self._of_units(stacks, lambda stack, n, row: stack.K[n][row])
 
     def momenta(self, stacks: Sequence[Stack]) -> list[list[StructuredMatrix | None]]:
         """Return the momenta of each unit's factors, as views; None without any."""
-        found: list[list[StructuredMatrix | None]] = [[] for _ in self.units]
+        return self._of_units(
+            stacks, lambda stack, n, row: stack.m[n][row] if stack.m else None
+        )
+
+    def _of_units(
+        self, stacks: Sequence[Stack], of_row: Callable[[Stack, int, int], Entry]
+    ) -> list[list[Entry]]:
+        """Return, a unit, what each axis has; nothing of what lies elsewhere."""
+        found: list[list[Entry]] = [[] for _ in self.units]
         for stack in stacks:
             for row, unit in enumerate(stack.units if stack.held else ()):
-                found[unit.group] = [
-                    None if stack.m is None else stack.m[n][row]
-                    for n in range(len(stack.K))
-                ]
+                found[unit.group] = [of_row(stack, n, row) for n in range(len(stack.K))]
         return found
 
     # ------------------------------------------------------------------------- step

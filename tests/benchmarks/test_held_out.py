@@ -15,7 +15,7 @@ from benchmarks.training.spaces import CONTESTANTS, ON_HELD_OUT
 from benchmarks.training.tasks import HELD_OUT, MADE_ON, TASKS
 
 CHEAP = ("factorization", "deep-plain", "deep-residual", "vae", "friedman-raw")
-CHEAP += ("fine-tuning", "adapters")
+CHEAP += ("fine-tuning", "adapters", "actor-critic")
 MUON = {"lr": 3e-3, "adamw_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {"recipe": {}, "muon": MUON}
 
@@ -60,7 +60,8 @@ def test_a_short_run_learns(task: str, builder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["friedman", "ratings", "boundary problem", "adding", "low digits"]
+    "name",
+    ["friedman", "ratings", "boundary problem", "adding", "low digits", "starts"],
 )
 def test_the_parts_of_a_data_set_share_no_example(name: str) -> None:
     found = data.load(name)
