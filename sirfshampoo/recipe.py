@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +18,9 @@ from sirfshampoo.combiner import EMBEDDINGS, FlattenKernel
 
 __all__ = ["GrowingInterval", "choose_structures", "recipe"]
 
-#: The learning rate is so many times AdamW's over the root of the number of weights: a
+#: The learning rate is so many times AdamW's over the root of the number L of weights: a
 #: step has the size of a matrix with orthonormal rows, whatever the loss, the batch and
-#: the number of parameters, and the steps of L weights add up like the root of L.
+#: the width, and the steps of L weights add up like √L.
 _RATE = 250.0
 
 #: No parameter moves by more in a step, relative to its size: by the first; in a short
@@ -57,17 +58,18 @@ def recipe(
             No setting depends on it; a step warns if others are counted.
         steps: How many steps training takes: the weight decay follows from it and, in
             runs of fewer than 167, how far a step may go beside the parameter.
-        lr: AdamW's learning rate, to which the recipe's own is proportional: it is 250
-            times that over the root of the number of trained weights, those parameters
-            that have more than one axis. Leave it at 1e-3, with which all was measured,
+        lr: AdamW's learning rate. The recipe's own is 250 · lr / √L, where L counts the
+            weights that are trained: the parameters with more than one axis, of which
+            axes of size 1 do not count. Leave it at 1e-3, with which all was measured,
             whatever a search of AdamW finds; divide it by four to fine-tune on little
             data.
         betas: AdamW's; the first becomes the momentum, the second has no counterpart.
         weight_decay: Weights shrink by lr · weight_decay in a step, as AdamW's.
             Default: by 3 / `steps` at the full learning rate, or by 0.03 if that is
-            less; not at all without `steps`. This is a `weight_decay` of
-            3000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is less in runs of
-            fewer than 30,000 steps. Vectors such as biases never shrink.
+            less; not at all without `steps`. With an `lr` of 1e-3, this is a
+            `weight_decay` of 3000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is
+            less in runs of fewer than 30,000 steps. Vectors such as biases never
+            shrink.
         max_dense: The longest axis with a dense factor; longer ones have block-diagonal
             factors, those of 16 times that length and vectors diagonal ones.
 
@@ -225,22 +227,30 @@ def choose_structures(
     check_structure("beyond", beyond)
     lean = _lean_parameters(model, heads)
 
-    def choice(p: Parameter) -> tuple[str, ...]:
-        """Return the structure of each axis; none if all are diagonal."""
-        dims = [d for d in p.shape if d != 1]
-        if len(dims) < 2 or id(p) in lean:
-            return ()
-        return tuple("dense" if d <= max_dense else beyond for d in dims)
+    def choice(p: Parameter) -> frozenset[tuple[str, ...]]:
+        """Return the structures of the axes, of a kernel also of one with flat pixels.
 
-    groups: dict[tuple[str, ...], list[Parameter]] = {}
+        None if all are diagonal.
+        """
+        if _axes(p) < 2 or id(p) in lean:
+            return frozenset()
+        dims_of = [list(p.shape), [*p.shape[:2], prod(p.shape[2:])]]
+        return frozenset(
+            tuple("dense" if d <= max_dense else beyond for d in dims if d != 1)
+            for dims in dims_of
+        )
+
+    groups: dict[frozenset[tuple[str, ...]], list[Parameter]] = {}
     for p, weight in _with_weights(model):
         groups.setdefault(choice(p if weight is None else weight), []).append(p)
     return [
         {
             "params": params,
-            "structures": {1: "diagonal", len(axes): axes} if axes else "diagonal",
+            "structures": {1: "diagonal"} | {len(axes): axes for axes in found}
+            if found
+            else "diagonal",
         }
-        for axes, params in groups.items()
+        for found, params in groups.items()
     ]
 
 

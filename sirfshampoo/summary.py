@@ -33,8 +33,8 @@ def summary(
     Args:
         model_or_params: The neural network, or what else the constructor accepts.
         params: The parameters to train, as for the constructor.
-        options: The constructor's options from ``lr`` to ``combine_params``.
-            ``batch_size`` and ``verbose_init`` are accepted, too, and change nothing.
+        options: The constructor's other arguments. ``batch_size`` and ``verbose_init``
+            change nothing.
 
     Returns:
         A row for each pre-conditioner: the names of its parameters, their joint shape,

@@ -167,6 +167,14 @@ def times(G: Tensor, M: Tensor, n: int) -> Tensor:
     return torch.tensordot(M, G, dims=([1], [n])).movedim(0, n)
 
 
+def rows(shape: Sequence[int]) -> int:
+    """Count the rows of a weight: axes of size 1 are none, but a kernel's outputs."""
+    if len(shape) > 3 and shape[0] == 1:
+        return 1
+    long = [d for d in shape if d != 1]
+    return long[0] if len(long) > 1 else 1
+
+
 def unfold(A: Tensor, n: int) -> Tensor:
     """mat_n(A), shape `[d_n, product of the others]`."""
     return A.movedim(n, 0).reshape(A.shape[n], -1)
@@ -326,7 +334,9 @@ class Twin:
         if s["normalize_update"]:
             X = U.reshape(len(U), -1) if U.ndim > 1 else U.reshape(1, -1)
             schatten4 = float((torch.linalg.svdvals(X) ** 4).sum() ** 0.25)
-            size = (X.numel() if unit.embeds else len(X)) ** 0.5
+            shape = unit.params[0].shape if len(unit.params) == 1 else U.shape
+            m = rows(shape) if U.ndim > 1 else 1
+            size = (X.numel() if unit.embeds else m) ** 0.5
             wanted = size * min(X.shape) ** -0.25
             longest = 3 * size / max(1, min(X.shape)) ** 0.5
             spectral = float(torch.linalg.svdvals(X).max())
@@ -335,8 +345,8 @@ class Twin:
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["max_relative_update"] is not None:
-                m = len(decayed) if decayed.ndim > 1 else 1
-                least = 0.5 * (decayed.numel() if unit.embeds else m) ** 0.5
+                m = decayed.numel() if unit.embeds else rows(decayed.shape)
+                least = 0.5 * m**0.5
                 longest = max(float((decayed**2).sum() ** 0.5), least)
                 longest *= s["max_relative_update"]
                 length = s["lr"] * float((P**2).sum() ** 0.5)

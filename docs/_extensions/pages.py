@@ -1,6 +1,7 @@
 """Brings texts from outside of `docs/` onto the site, and turns links around.
 
-A page that holds the line `<!-- page: ../CHANGELOG.md -->` alone shows that file.
+A page that begins with the line `<!-- page: ../CHANGELOG.md -->` shows that file; what
+follows is for those who read the page elsewhere.
 Links are written so that they lead somewhere in the repository; where what they name
 has a page on the site, they lead there.
 """
@@ -24,7 +25,7 @@ PAGES = {
 SECTIONS = {("README.md", "many-devices"): "devices.md"}
 """What became a page of its own."""
 
-WHOLE = re.compile(r"<!-- page: (\S+) -->\s*")
+WHOLE = re.compile(r"<!-- page: (\S+) -->\n")
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:<]+)(?:#(?P<anchor>[\w-]+))?(?=\))")
 
 
@@ -58,7 +59,7 @@ def read(app: Sphinx, name: str, source: list[str]) -> None:
     if page.suffix != ".md":
         return
     root = Path(app.srcdir).parent
-    whole = WHOLE.fullmatch(source[0])
+    whole = WHOLE.match(source[0])
     origin = (page.parent / whole[1]).resolve() if whole else page
     if whole:
         source[0] = origin.read_text("utf-8")

@@ -1,6 +1,6 @@
 """
-The same rate at every width and depth
-======================================
+The same movement at every width and depth
+==========================================
 
 A learning rate that was found on a small network is worth something on a large one only
 if it does the same there. What it does to the network can be looked at: how far the

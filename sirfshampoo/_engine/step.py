@@ -147,7 +147,7 @@ def _updates(
         learned = [both(mask, other) for mask, other in pairs]
     scales: Sequence[Tensor | None] = [None] * len(batch)
     if variant.normalize_update:
-        sizes = [size_of(unit.dims, embeds=unit.embeds) for unit in units]
+        sizes = [unit.size for unit in units]
         scales = normalizing(U, probes, sizes=sizes).split(rows)
     updates = []
     for task, U_i, scale, moves in zip(batch, U, scales, learned, strict=True):

@@ -16,6 +16,7 @@ from sirfshampoo._config.axes import dtypes_of_axes, structures_of_axes
 from sirfshampoo._config.groups import own_numbers
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import whole_rows
+from sirfshampoo._method.descent import size_of
 from sirfshampoo.combiner import PreconditionerGroup
 from sirfshampoo.structures import structure_class
 
@@ -66,6 +67,13 @@ class Unit:
         twice = {0.5: 0, 0.75: 1 if len(self.dims) > 1 else 0}
         number = twice.get(self.variant.exponent, len(self.dims))
         return tuple(2 if n < number else 1 for n in range(len(self.dims)))
+
+    @property
+    def size(self) -> float:
+        """The Frobenius norm of an update of size 1."""
+        first, *others = self.params
+        is_kernel = not others and first.ndim > 3 and len(self.dims) > 1
+        return size_of(first.shape if is_kernel else self.dims, embeds=self.embeds)
 
     @property
     def num_stored(self) -> int:

@@ -30,12 +30,16 @@ def size_of(shape: Size, *, embeds: bool) -> float:
     embedding looks up is no weight of inputs, but output: each entry counts 1.
 
     Args:
-        shape: That of the parameter, its first axis is m.
+        shape: That of the parameter; its first axis is m. Axes of size 1 do not count,
+            but for a convolution's weight, ``[out, in, height, width]``, of one output:
+            that is one row.
         embeds: Whether the parameter is the weight of an embedding.
     """
     if embeds:
         return sqrt(shape.numel())
-    return sqrt(shape[0]) if len(shape) > 1 else 1.0
+    dims = [d for d in shape if d != 1]
+    is_row = len(dims) < 2 or (len(shape) > 3 and shape[0] == 1)
+    return 1.0 if is_row else sqrt(dims[0])
 
 
 def normalizing(

@@ -86,8 +86,7 @@ def _of_direction(
         return ([] if V is None else momentum), momentum
     U = precondition_rows(stack, rows, G)
     if variant.normalize_update:
-        size = size_of(unit.dims, embeds=unit.embeds)
-        scale_rows([U], normalizing([U], row_norms(U), sizes=[size]))
+        scale_rows([U], normalizing([U], row_norms(U), sizes=[unit.size]))
     if limit is not None:
         pieces = scattered([unit], U)
         for U_j, W_j in zip(pieces, W, strict=True):

@@ -149,8 +149,18 @@ def test_no_parameter_moves_far_beside_its_size(
     assert told_of == pytest.approx(longest, rel=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4), (3, 2, 5), (7,), ()])
-def test_an_update_has_the_size_of_orthonormal_rows(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "m"),
+    [
+        *(((8, 8), 8), ((4, 12), 4), ((12, 4), 12), ((3, 2, 5), 3), ((7,), 1), ((), 1)),
+        # axes of size 1 do not count: a table of positions, the scales of channels
+        *(((1, 4, 6), 4), ((7, 1, 1), 1), ((1, 7), 1), ((7, 1), 1), ((5, 1, 3, 3), 5)),
+        ((1, 4, 3, 3), 1),  # a kernel of one output
+    ],
+)
+def test_an_update_has_the_size_of_orthonormal_rows(
+    shape: tuple[int, ...], m: int
+) -> None:
     p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     optimizer = SIRFShampoo([p], batch_size=1, lr=1.0, normalize_update=True)
     for size in (1e-30, 1.0, 1e30):
@@ -158,14 +168,23 @@ def test_an_update_has_the_size_of_orthonormal_rows(shape: tuple[int, ...]) -> N
         p.grad = torch.randn(shape, dtype=torch.float64) * size
         optimizer.param_groups[0]["alpha1"] = 0.0
         optimizer.step()
-        U = (before - p.detach()).reshape(shape[0] if len(shape) > 1 else 1, -1)
-        m, r = len(U), min(U.shape)
+        dims = [d for d in shape if d != 1]
+        U = (before - p.detach()).reshape(dims[0] if len(dims) > 1 else 1, -1)
+        r = min(U.shape)
         schatten4 = torch.linalg.svdvals(U).pow(4).sum() ** 0.25
         assert float(schatten4) == pytest.approx(m**0.5 * r**-0.25)
     p.grad = torch.zeros_like(p)
     before = p.detach().clone()
     optimizer.step()
     assert torch.equal(p, before)
+    # a weight of 0 counts as one of half that size where steps are limited
+    options = {"normalize_update": True, "max_relative_update": 0.01}
+    limited = SIRFShampoo(
+        [q := 0 * before], batch_size=1, lr=9.0, alpha1=0.0, **options
+    )
+    q.grad = torch.randn(shape, dtype=torch.float64)
+    limited.step()
+    assert float(q.norm()) == pytest.approx(0.01 * 0.5 * m**0.5)
 
 
 def test_a_number_alone_is_limited_as_a_vector() -> None:
