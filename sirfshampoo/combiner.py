@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from torch import Size, Tensor, cat
-from torch.nn import Embedding, EmbeddingBag, Linear, Module, Parameter
+from torch.nn import Embedding, Linear, Module, Parameter
 
 __all__ = [
     "FlattenAndConcatenate",
@@ -15,10 +15,6 @@ __all__ = [
     "PerParameter",
     "PreconditionerGroup",
 ]
-
-
-#: Modules whose weight is a table of outputs, and no weight of inputs.
-EMBEDDINGS = (Embedding, EmbeddingBag)
 
 
 def _squeeze(tensor: Tensor) -> Tensor:
@@ -205,11 +201,13 @@ class LinearWeightBias(PreconditionerGroup):
             One list, weight first, for each such layer.
         """
         layers = [m for m in model.modules() if isinstance(m, self.LINEAR_CLS)]
-        pairs = [(layer.weight, layer.bias) for layer in layers]
+        # not as attributes, which a parametrized layer computes anew
+        own = [layer._parameters for layer in layers]
+        pairs = [(params.get("weight"), params.get("bias")) for params in own]
         return [
             [weight, bias]
             for weight, bias in pairs
-            if isinstance(weight, Parameter) and isinstance(bias, Parameter)
+            if weight is not None and bias is not None
         ]
 
     def group(self, tensors: list[Tensor]) -> Tensor:
@@ -300,5 +298,5 @@ class FlattenEmbedding(FlattenAndConcatenate):
             One list with a single entry for each embedding layer.
         """
         layers = [m for m in model.modules() if isinstance(m, self.EMBEDDING_CLS)]
-        weights = [layer.weight for layer in layers]
-        return [[weight] for weight in weights if isinstance(weight, Parameter)]
+        weights = [layer._parameters.get("weight") for layer in layers]
+        return [[weight] for weight in weights if weight is not None]

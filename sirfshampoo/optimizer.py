@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from torch.nn import Module
 from sirfshampoo._config.arguments import check_batch_size, check_model
 from sirfshampoo._config.checks import check_flag
 from sirfshampoo._config.groups import (
-    adopt_cycled_momentum,
     check_options,
     with_kappa,
 )
@@ -209,9 +207,10 @@ class SIRFShampoo(UnitOptimizer):
             nesterov: Whether to look ahead as ``torch.optim.SGD(nesterov=True)``:
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V. The newest gradient counts at once.
-            normalize_update: Whether U is scaled to ‖U‖_S4 = s · r^(−1/4): as a matrix
-                of m orthonormal rows, s = √m, r = min(m, D / m). A vector has s = 1; an
-                embedding of `model`, which looks up outputs, 1 an entry: s = √D.
+            normalize_update: Whether U, D numbers in m rows, is scaled to ‖U‖_S4 = s ·
+                r^(−1/4), s = √m, r = min(m, D / m): to the size of orthonormal rows. A
+                vector and a kernel of one output are one row; axes of size 1 do not
+                count. An embedding of `model` looks up outputs: s = √D.
             max_relative_update: How far lr · U moves a parameter at most, beside its
                 Frobenius norm, or ½ s if that is more. Default: None, no limit.
             clamp: Which norm of m limits the step of K: ``'frobenius'``, with which
@@ -279,7 +278,6 @@ class SIRFShampoo(UnitOptimizer):
             params = known.trainable()
 
         self.debug = False
-        self._cycled: list[float | None] = []  # momenta that schedulers wrote last
         ranks, owners = Ranks(process_group, module), None
         if shard_preconditioners is not False and is_initialized():
             owners = Owners(ranks.sharing(shard_preconditioners))
@@ -346,10 +344,7 @@ class SIRFShampoo(UnitOptimizer):
             self._allocate()  # some were frozen
         if self.debug:
             warn_of_non_finite_gradients(units, self._unit_names())
-        self._cycled = [
-            adopt_cycled_momentum(group, last)
-            for group, last in zip_longest(self.param_groups, self._cycled)
-        ]
+        self._adopt()
         tasks = self._engine.plan(
             self.param_groups, self.state, self.global_step, present
         )

@@ -14,13 +14,14 @@ from torch.nn import Linear, Module, Parameter
 from sirfshampoo._config.arguments import check_adamw, check_module
 from sirfshampoo._config.axes import check_structure
 from sirfshampoo._config.checks import check_count
-from sirfshampoo.combiner import EMBEDDINGS, FlattenKernel
+from sirfshampoo._config.weights import EMBEDDINGS, embedded, weight_of
+from sirfshampoo.combiner import FlattenKernel
 
 __all__ = ["GrowingInterval", "choose_structures", "recipe"]
 
-#: The learning rate is so many times AdamW's over the root of the number L of weights: a
-#: step has the size of a matrix with orthonormal rows, whatever the loss, the batch and
-#: the width, and the steps of L weights add up like √L.
+#: The learning rate is so many times AdamW's over the root of the number L of weights:
+#: a step has the size of a matrix with orthonormal rows, whatever the loss, the batch
+#: and the width, and the steps of L weights add up like √L.
 _RATE = 250.0
 
 #: No parameter moves by more in a step, relative to its size: by the first; in a short
@@ -300,6 +301,6 @@ def _find_heads(model: Module) -> list[Module]:
     if isinstance(head, Module):
         return [head]
     layers = [m for m in model.modules() if isinstance(m, Linear)]
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, EMBEDDINGS)}
-    tied: list[Module] = [layer for layer in layers if id(layer.weight) in embedded]
+    tables = embedded(model)
+    tied: list[Module] = [layer for layer in layers if id(weight_of(layer)) in tables]
     return tied or list(layers[-1:])

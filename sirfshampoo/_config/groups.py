@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from inspect import ismethod
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +74,9 @@ OPTIONS = tuple(_CHECKS)
 #: What schedulers that cycle the momentum call ``alpha1``.
 CYCLED_MOMENTUM = "momentum"
 
+#: What schedulers write into a group, and what it is called here.
+_ADOPTED = {CYCLED_MOMENTUM: "alpha1", "weight_decay": "kappa"}
+
 #: The options that are numbers; of these, the learning rate may stay a tensor.
 NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
 
@@ -94,8 +99,13 @@ def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor.item() for name, tensor in tensors.items()}
 
 
-def adopt_cycled_momentum(group: dict[str, Any], last: float | None) -> float | None:
-    """Set a group's ``alpha1`` to what a scheduler has put beside it.
+def foreign_in(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what others have written into a group under names of their own."""
+    return {name: group[name] for name in _ADOPTED if name in group}
+
+
+def adopt_foreign(group: dict[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """Set a group's options to what others have written under their own names.
 
     Args:
         group: The group.
@@ -104,20 +114,49 @@ def adopt_cycled_momentum(group: dict[str, Any], last: float | None) -> float | 
 
     Returns:
         What is adopted now.
+
+    Raises:
+        ValueError: If a value is wrong.
     """
-    momentum = group.get(CYCLED_MOMENTUM)
-    if momentum is not None and momentum != last:
-        group["alpha1"] = float(momentum)
-    return momentum
+    found = foreign_in(group)
+    for name, value in found.items():
+        if value is not None and value != last.get(name):
+            own = _ADOPTED[name]
+            _CHECKS[own](name, value)
+            group[own] = float(value)
+    return found
+
+
+def own_interval(T: Any) -> Any:
+    """Return a ``T`` for one group alone, since a callable may hold state.
+
+    A method stays with its object.
+
+    Raises:
+        ValueError: If it cannot be copied.
+    """
+    if not callable(T) or ismethod(T):
+        return T
+    try:
+        return deepcopy(T)
+    except Exception as error:
+        raise ValueError(
+            "Argument 'T' must be a callable that can be copied for each "
+            f"pre-conditioner, got {T!r}: {error}"
+        ) from error
 
 
 def with_kappa(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options with ``weight_decay``, torch's name, as ``kappa``.
 
+    A group that was rewritten may hold a momentum that a scheduler has cycled, too.
+
     Raises:
         ValueError: If both are there and differ.
     """
     named = dict(options)
+    if "alpha1" in named:
+        named.pop(CYCLED_MOMENTUM, None)
     if "weight_decay" in named:
         decay = named.pop("weight_decay")
         if named.setdefault("kappa", decay) != decay:

@@ -17,6 +17,8 @@ from sirfshampoo._distributed import is_dtensor
 from sirfshampoo._engine.examples import (
     Count,
     count_examples,
+    is_transformed,
+    is_vmapped,
     takes_keywords,
     tensors_in,
 )
@@ -64,6 +66,9 @@ class BatchSizeCounter:
         self._last = 0  # the batch size of the last step, or the integer
         self._tally = Tally()  # examples whose gradients are there
         self._announced = 0  # examples of training mode that await their gradients
+        # those that a transform of torch.func saw: no gradient tells when it arrives
+        self._transformed = 0
+        self._is_unknown = False  # `vmap` hid how many there are
         # what gradients flow back from, in each backward pass that is under way
         self._arriving: dict[int, list[_ForwardPass]] = {}
         self._held_back: list[_ForwardPass] = []  # their gradients, by FSDP
@@ -76,7 +81,8 @@ class BatchSizeCounter:
     @property
     def value(self) -> int:
         """The number of examples counted for the present gradients, or the last."""
-        return self._tally.of(self._gradients()) or self._announced or self._last
+        counted = self._tally.of(self._gradients()) + self._transformed
+        return counted or self._announced or self._last
 
     # ----------------------------------------------------------------- forward pass
 
@@ -100,15 +106,21 @@ class BatchSizeCounter:
             return
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
+        if any(map(is_vmapped, tensors_in((args, kwargs)))):
+            self._is_unknown |= training
+            return
         try:
             size = count_examples(
                 self._count, args, kwargs, with_keywords=self._takes_keywords
             )
-        except ValueError:
+        except Exception:
             if training:
                 raise
             return  # evaluation need not fit what training needs
         forward = _ForwardPass(size, announced=size if training else 0)
+        if any(map(is_transformed, tensors_in(output))):
+            self._transformed += forward.announced
+            return
         self._announced += forward.announced
         counter = weakref.ref(self)
         for tensor in tensors_in(output):
@@ -159,8 +171,10 @@ class BatchSizeCounter:
         examples = self._tally.of(gradients)
         if missing := self._tally.kept_aside(gradients):
             warn_of_gradients_kept(missing, examples)
+        if self._is_unknown:
+            return 0
         # gradients may be computed without a backward pass, then the forward counts
-        return examples or self._announced
+        return (examples + self._transformed) or self._announced
 
     def read(self, counted: int) -> int:
         """Return the batch size of the present gradients.
@@ -177,8 +191,9 @@ class BatchSizeCounter:
             raise RuntimeError(
                 "No examples were counted since the last step, so the batch size is "
                 "unknown. They count if the model given to the optimizer is called "
-                "itself, with gradients enabled, and gradients flow back from what it "
-                "returns. Otherwise, pass 'batch_size' as an integer."
+                "itself, with gradients enabled and not within torch.func.vmap, and "
+                "gradients flow back from what it returns. Otherwise, pass "
+                "'batch_size' as an integer."
             )
         return counted
 
@@ -192,7 +207,8 @@ class BatchSizeCounter:
             self._look_for_disagreement(size, self._expected)
         if self._count is not None:
             self._last = size or self._last
-            self._announced = 0
+            self._announced = self._transformed = 0
+            self._is_unknown = False
             self._arriving.clear()  # of backward passes that failed
             self._tally.close()
 
@@ -279,10 +295,13 @@ class ForwardHook:
                 del model._forward_hooks[key]
                 model._forward_hooks_with_kwargs.pop(key, None)
 
-    def remove_with(self, owner: Any, model: Module) -> None:
-        """Remove this hook from a model, if that is still there, when an owner ends."""
+    def remove_with(self, counter: BatchSizeCounter, model: Module) -> None:
+        """Remove this hook from a model, if that is still there, with its counter.
+
+        Copies of an optimizer may share both.
+        """
         present = weakref.ref(model)
-        weakref.finalize(owner, _remove, self, present).atexit = False
+        weakref.finalize(counter, _remove, self, present).atexit = False
 
     def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
         """Return how to make a copy, which counts for nobody at first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -215,6 +216,44 @@ def _shapes(unit: Unit) -> dict[Tensor, dict[str, Size]]:
     return {p: first if p is unit.params[0] else {} for p in unit.params}
 
 
+def is_own(key: Any) -> bool:
+    """Return whether an entry of a parameter's state is this package's.
+
+    Wrappers put their own beside; these are kept.
+    """
+    names = {OF_UPDATES, OF_GRADIENTS, "step", "skipped"}
+    return key in names or re.match(r"[Km]\d", str(key)) is not None
+
+
+def foreign_copied(entries: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
+    """Return a parameter's entries, of which those of others are copies."""
+    return {
+        key: entry if is_own(key) else _copied(entry, p)
+        for key, entry in entries.items()
+    }
+
+
+def _copied(entry: Any, p: Tensor) -> Any:
+    if isinstance(entry, Tensor):
+        return entry.detach().to(p.device, copy=True)
+    return deepcopy(entry)
+
+
+def with_own_memory(entries: Any) -> Any:
+    """Return entries of the state whose tensors are no rows of a stack."""
+    if not isinstance(entries, Mapping):
+        return entries  # another's
+    return {k: e.clone() if isinstance(e, Tensor) else e for k, e in entries.items()}
+
+
+def of_no_parameter(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return copies of what the saved state holds beside that of parameters."""
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    known = {key for group in groups for key in group["params"]}
+    others = {k for k in state if k not in known and not isinstance(k, int)}
+    return {key: deepcopy(state[key]) for key in others}
+
+
 def _check_momentum(owner: str, saved: Mapping[str, Any], momentum: str) -> None:
     """Check that a momentum is of what this optimizer averages."""
     for name in {OF_UPDATES, OF_GRADIENTS} - {momentum}:
@@ -242,13 +281,14 @@ def _check_entries(
     missing = required.keys() - saved.keys()
     if momenta.keys() & saved.keys():
         missing |= momenta.keys() - saved.keys()
-    unknown = saved.keys() - shapes.keys()
+    unknown = {key for key in saved.keys() - shapes.keys() if is_own(key)}
     if missing or unknown:
         raise ValueError(
             f"Argument 'state_dict' must hold the state of this optimizer for {owner}: "
             f"missing {sorted(missing)}, not expected {sorted(unknown)}."
         )
-    for key, tensor in saved.items():
+    for key in saved.keys() & shapes.keys():
+        tensor = saved[key]
         found = tensor.shape if isinstance(tensor, Tensor) else type(tensor).__name__
         if found != shapes[key]:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sirfshampoo._config.groups import NUMBERS
+from sirfshampoo._config.groups import NUMBERS, check_options
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, is_dtensor, local
 from sirfshampoo._engine.costs import interval_of
@@ -115,10 +115,25 @@ class Engine:
             state: The optimizer's state.
 
         Raises:
-            ValueError: If they have other shapes.
+            ValueError: If they have other shapes, or what is fixed was changed.
         """
+        if len(groups) != len(self.units):
+            raise ValueError(
+                f"'param_groups' must keep its {len(self.units)} groups, one for each "
+                f"pre-conditioner, got {len(groups)}: freeze what is to rest, or build "
+                "a new optimizer."
+            )
+        for unit, group in zip(self.units, groups, strict=True):
+            fixed = group["structures"], group["preconditioner_dtypes"]
+            if fixed != (unit.structures, unit.dtypes):
+                raise ValueError(
+                    f"Group {unit.group} must keep its structures {unit.structures} "
+                    f"and preconditioner_dtypes {unit.dtypes}, got {fixed[0]!r} and "
+                    f"{fixed[1]!r}: build a new optimizer to change them."
+                )
         if self._snapshot is not None and self._snapshot.are_in(groups):
             return self.units
+        replaced = []
         for i, (unit, group) in enumerate(zip(self.units, groups, strict=True)):
             params = tuple(group["params"])
             if len(params) == len(unit.params) and all(map(is_, params, unit.params)):
@@ -129,8 +144,14 @@ class Engine:
                     f"The parameters of group {i} must keep the shapes {shapes[0]} "
                     f"where others take their place, got {shapes[1]}."
                 )
-            self.units[i] = replace(unit, params=params)
-            self._hand_over(unit, self.units[i], state)
+            replaced.append((unit, replace(unit, params=params)))
+        for unit, new in replaced:
+            self.units[unit.group] = new
+        present = {id(p) for unit in self.units for p in unit.params}
+        for unit, new in replaced:
+            # groups that changed places take their state along as it is
+            if not any(id(p) in present for p in unit.params):
+                self._hand_over(unit, new, state)
         return self.units
 
     def _hand_over(self, old: Unit, new: Unit, state: dict[Tensor, State]) -> None:
@@ -148,6 +169,8 @@ class Engine:
 
     # ----------------------------------------------------------------------- stacks
 
+    @torch.inference_mode(mode=False)  # a state is loaded there, too
+    @torch.no_grad()
     def restack(
         self, groups: Sequence[Group], state: dict[Tensor, State], step: int
     ) -> list[Stack]:
@@ -224,12 +247,17 @@ class Engine:
 
     def _due(self, groups: Sequence[Group], step: int) -> list[bool]:
         """Return, a group, whether its factors are to be updated."""
-        return [
-            bool(T(step)) if callable(T) else step % T == phase
-            for T, phase in zip(
-                [group["T"] for group in groups], self.phases(groups), strict=True
-            )
-        ]
+        try:
+            return [
+                bool(T(step)) if callable(T) else step % T == phase
+                for T, phase in zip(
+                    [group["T"] for group in groups], self.phases(groups), strict=True
+                )
+            ]
+        except (ZeroDivisionError, TypeError):
+            for group in groups:  # someone may have written into it
+                check_options({"T": group["T"]})
+            raise
 
     def agree(self, counted: int | None) -> tuple[list[tuple[bool, ...]], int]:
         """Return what all ranks know alike before a step.

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import PackedSequence
@@ -21,6 +22,20 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         return
     for entry in _parts(value):
         yield from tensors_in(entry)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a transform of `torch.func` is at work on a tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Return whether a tensor hides an axis that `torch.func.vmap` goes along."""
+    while is_transformed(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def get_batch_size(inputs: tuple[Tensor, ...]) -> int:
@@ -57,7 +72,10 @@ def _examples_in(value: Any) -> int | None:
     if isinstance(value, PackedSequence):
         return int(value.batch_sizes[0])  # the sequences that have a first element
     for name in ("num_graphs", "batch_size"):  # batches of graphs, tensordict
-        told = getattr(value, name, None)
+        try:
+            told = getattr(value, name, None)
+        except Exception:  # of an object that finds its attributes itself
+            continue
         told = told[0] if isinstance(told, Size) and told else told
         if isinstance(told, int) and not isinstance(told, bool):
             return told

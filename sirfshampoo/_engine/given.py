@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sirfshampoo._config.groups import OPTIONS, check_options
+from sirfshampoo._config.groups import OPTIONS, check_options, own_interval
 
 #: What holds for a whole group; structures, types and rules are each unit's own.
 _SHARED = tuple(
@@ -39,13 +39,24 @@ class GivenGroup(MutableMapping[str, Any]):
             return [p for group in self._groups for p in group["params"]]
         if key not in _SHARED:
             raise KeyError(key)
-        first, *others = (group[key] for group in self._groups)
-        if any(value != first for value in others) and not callable(first):
+        first, *others = self._values(key)
+        alike = all(map(callable, [first, *others]))  # each group has a copy
+        if not alike and any(value != first for value in others):
+            told = list(dict.fromkeys(map(str, [first, *others])))
             raise ValueError(
                 f"The groups must share a value of '{key}' to be read as one, got "
-                f"{sorted({float(group[key]) for group in self._groups})}."
+                f"{', '.join(told)}."
             )
         return first
+
+    def _values(self, key: str) -> list[Any]:
+        """Return an option of all groups, of which there must be one."""
+        if not self._groups:
+            raise ValueError(
+                f"The group must have parameters to have an option '{key}': it was "
+                "given without any."
+            )
+        return [group[key] for group in self._groups]
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Set an option in all groups.
@@ -56,11 +67,12 @@ class GivenGroup(MutableMapping[str, Any]):
         if key not in _SHARED:
             raise ValueError(f"Argument '{key}' must be in {_SHARED} to be set here.")
         check_options({key: value})
+        self._values(key)
         for group in self._groups:
             if isinstance(group[key], Tensor):  # where a captured CUDA graph looks
                 group[key].fill_(float(value))
             else:
-                group[key] = deepcopy(value)
+                group[key] = own_interval(value) if key == "T" else deepcopy(value)
 
     def __delitem__(self, key: str) -> None:
         """Refuse: a group has all its options."""

@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from sirfshampoo._config.arguments import check_rule
 from sirfshampoo._config.axes import SUPPORTED_DTYPES
+from sirfshampoo._config.weights import embedded
 from sirfshampoo._engine.units import OUTSIDE, Unit
-from sirfshampoo.combiner import EMBEDDINGS, PreconditionerGroup
+from sirfshampoo.combiner import PreconditionerGroup
 
 
 class _NoModel(Module):
@@ -61,8 +62,7 @@ class KnownModel:
 
     def embeddings(self) -> set[int]:
         """Return the identities of the weights that embeddings look up."""
-        modules = () if self.module is None else self.module.modules()
-        return {id(m.weight) for m in modules if isinstance(m, EMBEDDINGS)}
+        return set() if self.module is None else embedded(self.module)
 
     def identify(
         self, rule: PreconditionerGroup, params: Sequence[Tensor]

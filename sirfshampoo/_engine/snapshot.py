@@ -7,8 +7,6 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
-from torch import Tensor
-
 from sirfshampoo._engine.units import Unit
 
 _kind = attrgetter("device", "dtype")
@@ -21,9 +19,7 @@ class Snapshot:
         params: The parameters of all units.
     """
 
-    def __init__(
-        self, units: Sequence[Unit], state: Mapping[Tensor, Mapping[str, Tensor]]
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], state: Mapping[Any, Any]) -> None:
         """Note what there is.
 
         Args:
@@ -41,7 +37,7 @@ class Snapshot:
             chain.from_iterable([group["params"] for group in groups]), self.params
         )
 
-    def is_of(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+    def is_of(self, state: Mapping[Any, Any]) -> bool:
         """Return whether a state holds these very tensors, for parameters as before."""
         return (
             _are_same(state, self._owners)
@@ -50,9 +46,11 @@ class Snapshot:
         )
 
 
-def _entries(state: Mapping[Tensor, Mapping[str, Tensor]]) -> Iterable[Tensor]:
-    """Return all tensors in a state."""
-    return chain.from_iterable([entries.values() for entries in state.values()])
+def _entries(state: Mapping[Any, Any]) -> Iterable[Any]:
+    """Return all that is in a state; others than parameters may hold anything."""
+    return chain.from_iterable(
+        [e.values() if isinstance(e, dict) else (e,) for e in state.values()]
+    )
 
 
 def _are_same(found: Iterable[Any], known: Sequence[Any]) -> bool:

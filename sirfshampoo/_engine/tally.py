@@ -63,6 +63,7 @@ class Tally:
     def close(self) -> None:
         """Start at 0 for good."""
         self._aside, self._examples = None, 0
+        self._mark = Mark()  # else a model could not swap its parameters
         self.period += 1
 
     def kept_aside(self, gradients: Sequence[Tensor | None]) -> int:

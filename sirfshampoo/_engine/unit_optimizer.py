@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,11 +13,20 @@ from torch.optim import Optimizer
 
 from sirfshampoo._config.groups import (
     CYCLED_MOMENTUM,
+    adopt_foreign,
     check_options,
+    foreign_in,
     with_kappa,
 )
 from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook
-from sirfshampoo._engine.checkpoint import check_fit, with_code, without_code
+from sirfshampoo._engine.checkpoint import (
+    check_fit,
+    foreign_copied,
+    of_no_parameter,
+    with_code,
+    with_own_memory,
+    without_code,
+)
 from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.given import GivenGroup
 from sirfshampoo._engine.model import KnownModel
@@ -61,6 +71,7 @@ class UnitOptimizer(Optimizer):
         self._model, self._engine, self._batch_size = model, engine, batch_size
         self._hook: ForwardHook | None = None
         self._given: list[range] = []  # the numbers of the groups that each became
+        self._adopted: list[dict[str, Any]] = []  # what schedulers wrote last
         self._global_step = 0
         self._is_set_up = False
         super().__init__(params, defaults)
@@ -171,6 +182,13 @@ class UnitOptimizer(Optimizer):
         """Return the units, of the parameters that stand in the groups by now."""
         return self._engine.follow(self.param_groups, self.state)
 
+    def _adopt(self) -> None:
+        """Take over what schedulers have written into groups under other names."""
+        self._adopted = [
+            adopt_foreign(group, last or {})
+            for group, last in zip_longest(self.param_groups, self._adopted)
+        ]
+
     def _unit_names(self) -> list[list[str]]:
         """Return, a unit, the names of its parameters; without any: their numbers."""
         return self._model.names_of_units(self._units(), self.param_groups)
@@ -251,7 +269,8 @@ class UnitOptimizer(Optimizer):
         if owners is not None:
             params = (p for group in self.param_groups for p in group["params"])
             number = {id(p): i for i, p in enumerate(params)}
-            state = {i: dict(e) for i, e in state_dict["state"].items()}
+            state = dict(state_dict["state"])
+            state |= {i: dict(state[i]) for i in number.values() if i in state}
             for p, key, tensor in owners.spread(stacks):
                 state[number[id(p)]][key] = tensor
             state_dict["state"] = state
@@ -293,6 +312,7 @@ class UnitOptimizer(Optimizer):
             if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks
                 group["lr"] = present["lr"].fill_(group["lr"])
         self.param_groups = self._batch_size.groups = loaded
+        self._adopted = list(map(foreign_in, loaded))
         engine.units = [
             replace(unit, dtypes=group["preconditioner_dtypes"])
             for unit, group in zip(engine.units, self.param_groups, strict=True)
@@ -300,9 +320,10 @@ class UnitOptimizer(Optimizer):
         self._global_step = self.global_step if step is None else step
         for p, entries in saved.items():
             if entries:
-                self.state[p] = entries
+                self.state[p] = foreign_copied(entries, p)
             else:
                 self.state.pop(p, None)
+        self.state.update(of_no_parameter(state_dict))
         for stack in self._restack():
             stack.step.fill_(self._global_step)  # also of what was not saved
 
@@ -321,7 +342,7 @@ class UnitOptimizer(Optimizer):
         left |= {"step"}
         kept = {key: value for key, value in vars(self).items() if key not in left}
         # rows of stacks would bring the whole stack along
-        state = {p: {k: t.clone() for k, t in s.items()} for p, s in self.state.items()}
+        state = {p: with_own_memory(entries) for p, entries in self.state.items()}
         return {**kept, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -336,4 +357,4 @@ class UnitOptimizer(Optimizer):
     def _unwatch_at_the_end(self) -> None:
         """Take the hook along when this is no more."""
         if self._hook is not None and self._model.module is not None:
-            self._hook.remove_with(self, self._model.module)
+            self._hook.remove_with(self._batch_size, self._model.module)

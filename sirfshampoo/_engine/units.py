@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.nn import Parameter
 
 from sirfshampoo._config.arguments import check_parameter
 from sirfshampoo._config.axes import dtypes_of_axes, structures_of_axes
-from sirfshampoo._config.groups import own_numbers
+from sirfshampoo._config.groups import own_interval, own_numbers
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import whole_rows
 from sirfshampoo._method.descent import size_of
@@ -160,13 +159,11 @@ def form_units(
         dims, dtype = joint[key]
         structures = structures_of_axes(group["structures"], dims)
         dtypes = dtypes_of_axes(group["preconditioner_dtypes"], len(dims), dtype)
-        T = group["T"]
         new = {
             **group,
             **own_numbers(group),
             "params": list(members),
-            # a callable may hold state that groups must not share
-            "T": deepcopy(T) if callable(T) else T,
+            "T": own_interval(group["T"]),
             "structures": structures,
             "preconditioner_dtypes": dtypes,
             "combine_params": (rule,),

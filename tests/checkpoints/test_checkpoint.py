@@ -254,7 +254,7 @@ def drop_tensor(state_dict: Any) -> None:
 
 
 def unknown_tensor(state_dict: Any) -> None:
-    state_dict["state"][0]["exp_avg"] = torch.zeros(3)
+    state_dict["state"][0]["K7.mat"] = torch.zeros(3)
 
 
 def other_shape(state_dict: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, func, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from sirfshampoo import SIRFShampoo, recipe
@@ -399,3 +399,88 @@ def test_an_integer_that_the_settings_are_not_made_for_is_told() -> None:
         optimizer.step()
     with pytest.warns(UserWarning, match="4 examples are counted.* are made for 8"):
         optimizer.step()
+
+
+# ------------------------------------------------------------- transforms, odd inputs
+
+
+def jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    return func.jvp(model, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("beside", [0, 10])
+def test_transforms_of_whole_batches_count(beside: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = SIRFShampoo(model)
+    for transformed in (jacobian, lambda m, x: func.jacrev(m)(x)):
+        optimizer.zero_grad()
+        loss = transformed(model, torch.randn(64, 2)).square().mean()
+        if beside:
+            loss = loss + model(torch.randn(beside, 2)).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert optimizer.batch_size == 64 + beside
+
+
+@pytest.mark.parametrize("beside", [0, 10])
+def test_what_vmap_hides_is_not_guessed(beside: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = SIRFShampoo(model)
+    loss = func.vmap(func.jacrev(model))(torch.randn(64, 2)).square().mean()
+    if beside:
+        loss = loss + model(torch.randn(beside, 2)).square().mean()
+    loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"not within torch\.func\.vmap"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer = SIRFShampoo(model, batch_size=64)
+    optimizer.step()
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+class Attributes(dict[str, Tensor]):
+    """A dictionary whose entries are attributes; others are errors of its own."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+class Batch:
+    """Tells no batch size yet, but its attribute is there."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @property
+    def batch_size(self) -> int:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("wrap", [lambda x: Attributes(x=x), Batch])
+def test_inputs_may_have_attributes_that_fail(wrap: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.layer(batch.x)
+
+    model = Model()
+    optimizer = SIRFShampoo(model)
+    model(wrap(torch.randn(7, 3))).square().mean().backward()
+    optimizer.step()
+    assert optimizer.batch_size == 7
+
+
+def test_a_callable_that_fails_in_evaluation_does_no_harm() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SIRFShampoo(model, batch_size=lambda inputs: inputs[0].absent)
+    model.eval()
+    model(torch.randn(2, 3))
+    model.train()
+    with pytest.raises(AttributeError, match="absent"):
+        model(torch.randn(2, 3))
+    del optimizer

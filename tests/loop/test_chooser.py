@@ -5,8 +5,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
-from sirfshampoo import LinearWeightBias, PerParameter, SIRFShampoo, choose_structures
+from sirfshampoo import (
+    LinearWeightBias,
+    PerParameter,
+    SIRFShampoo,
+    choose_structures,
+    recipe,
+    summary,
+)
 from tests.cases import MODELS, TiedLanguageModel, build
 
 
@@ -228,3 +236,67 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> N
         choose_structures(GPT(), **options)
     with pytest.raises(ValueError, match="Argument 'model' must be"):
         choose_structures([nn.Parameter(torch.zeros(3))])  # type: ignore[arg-type]
+
+
+# --- with other things around ---------------------------------------------------------
+@pytest.mark.parametrize("max_dense", [8, 4096])
+def test_choices_go_with_the_recipe_on_kernels(max_dense: int) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3, groups=8), nn.Conv2d(8, 1, 3)),
+        *(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 2)),
+    )
+    arguments = recipe(model, batch_size=4, steps=100)
+    structures = {
+        name: structures_by_name(
+            model, choose_structures(model, max_dense=max_dense), **options
+        )
+        for name, options in (("recipe", arguments), ("plain", {}))
+    }
+    beyond = "dense" if max_dense > 8 else "block30diagonal"
+    assert structures["recipe"]["0.weight"] == (beyond, "dense", beyond)
+    assert structures["plain"]["0.weight"] == (beyond, *["dense"] * 3)
+
+
+@pytest.mark.parametrize("around", [parametrizations.spectral_norm, None])
+def test_parametrized_weights_are_known_and_left_alone(around: Any) -> None:
+    def wrapped(layer: nn.Module) -> Any:
+        if around is None:
+            return prune.random_unstructured(layer, "weight", amount=0.1)
+        return around(layer)
+
+    hidden = [wrapped(nn.Linear(8, 8, bias=False)) for _ in range(4)]
+    model = nn.Sequential(
+        wrapped(nn.Embedding(50, 8)), *hidden, wrapped(nn.Linear(8, 2, bias=False))
+    )
+    before = [b.clone() for b in model.buffers()]
+    found = choices(model)
+    assert [found[name] for name in sorted(found)] == [
+        ("diagonal",) * 2,
+        *[("dense", "dense")] * 4,
+        ("diagonal",) * 2,
+    ]
+    summary(model)
+    for old, buffer in zip(before, model.buffers(), strict=True):
+        assert torch.equal(old, buffer)  # looking at a weight would have changed some
+    # an entry of what an embedding looks up moves by 1, whatever stands before it
+    arguments = recipe(model, batch_size=4) | {"lr": 1.0, "max_relative_update": None}
+    optimizer = SIRFShampoo(model, **arguments)
+    table = next(iter(model.parameters()))
+    start = table.detach().clone()
+    model(torch.arange(50)).square().mean().backward()
+    optimizer.step()
+    assert float((table.detach() - start).norm()) > 2 * 50**0.5
+
+
+def test_layers_without_a_weight_of_their_own_are_no_heads() -> None:
+    class Computed(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(5, 3)
+            del self.weight
+            self.own = nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.embedding(x, 2 * self.own)
+
+    model = nn.Sequential(Computed(), nn.Linear(3, 3), nn.Linear(3, 2))
+    assert choices(model)["1.weight"] == ("dense", "dense")
