@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from inspect import ismethod
 from typing import Any
@@ -97,6 +97,11 @@ def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a group's numbers that are tensors as numbers."""
     tensors = {n: group[n] for n in NUMBERS if isinstance(group.get(n), Tensor)}
     return {name: tensor.item() for name, tensor in tensors.items()}
+
+
+def are_foreign_in(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether others have written anything into groups."""
+    return any([CYCLED_MOMENTUM in g or "weight_decay" in g for g in groups])
 
 
 def foreign_in(group: Mapping[str, Any]) -> dict[str, Any]:

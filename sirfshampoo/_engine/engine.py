@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from sirfshampoo._engine.snapshot import Snapshot
 from sirfshampoo._engine.spread import Phases
 from sirfshampoo._engine.stacks import Stack, State, stack_units
 from sirfshampoo._engine.step import Route
-from sirfshampoo._engine.units import Unit
+from sirfshampoo._engine.units import Unit, substituted
 from sirfshampoo._engine.warn import warn_of_rest
 from sirfshampoo._method.factors import Workspace
 from sirfshampoo.structures import StructuredMatrix
@@ -117,34 +116,9 @@ class Engine:
         Raises:
             ValueError: If they have other shapes, or what is fixed was changed.
         """
-        if len(groups) != len(self.units):
-            raise ValueError(
-                f"'param_groups' must keep its {len(self.units)} groups, one for each "
-                f"pre-conditioner, got {len(groups)}: freeze what is to rest, or build "
-                "a new optimizer."
-            )
-        for unit, group in zip(self.units, groups, strict=True):
-            fixed = group["structures"], group["preconditioner_dtypes"]
-            if fixed != (unit.structures, unit.dtypes):
-                raise ValueError(
-                    f"Group {unit.group} must keep its structures {unit.structures} "
-                    f"and preconditioner_dtypes {unit.dtypes}, got {fixed[0]!r} and "
-                    f"{fixed[1]!r}: build a new optimizer to change them."
-                )
         if self._snapshot is not None and self._snapshot.are_in(groups):
             return self.units
-        replaced = []
-        for i, (unit, group) in enumerate(zip(self.units, groups, strict=True)):
-            params = tuple(group["params"])
-            if len(params) == len(unit.params) and all(map(is_, params, unit.params)):
-                continue
-            shapes = [[tuple(p.shape) for p in ps] for ps in (unit.params, params)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"The parameters of group {i} must keep the shapes {shapes[0]} "
-                    f"where others take their place, got {shapes[1]}."
-                )
-            replaced.append((unit, replace(unit, params=params)))
+        replaced = substituted(self.units, groups)
         for unit, new in replaced:
             self.units[unit.group] = new
         present = {id(p) for unit in self.units for p in unit.params}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from sirfshampoo._engine.units import Unit
 
 _kind = attrgetter("device", "dtype")
+_fixed = itemgetter("structures", "preconditioner_dtypes")
 
 
 class Snapshot:
@@ -27,13 +28,14 @@ class Snapshot:
             state: The optimizer's state.
         """
         self.params = [p for unit in units for p in unit.params]
+        self._fixed = [(unit.structures, unit.dtypes) for unit in units]
         self._kinds = list(map(_kind, self.params))
         self._owners = list(state)
         self._entries = list(_entries(state))
 
     def are_in(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether parameter groups hold these very parameters."""
-        return _are_same(
+        """Return whether groups hold these very parameters, and what is fixed."""
+        return list(map(_fixed, groups)) == self._fixed and _are_same(
             chain.from_iterable([group["params"] for group in groups]), self.params
         )
 

@@ -14,20 +14,19 @@ from torch.optim import Optimizer
 from sirfshampoo._config.groups import (
     CYCLED_MOMENTUM,
     adopt_foreign,
+    are_foreign_in,
     check_options,
     foreign_in,
     with_kappa,
 )
 from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook
-from sirfshampoo._engine.checkpoint import (
-    check_fit,
+from sirfshampoo._engine.checkpoint import check_fit, with_code, without_code
+from sirfshampoo._engine.engine import Engine
+from sirfshampoo._engine.foreign import (
     foreign_copied,
     of_no_parameter,
-    with_code,
     with_own_memory,
-    without_code,
 )
-from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.given import GivenGroup
 from sirfshampoo._engine.model import KnownModel
 from sirfshampoo._engine.stacks import Stack
@@ -184,6 +183,8 @@ class UnitOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Take over what schedulers have written into groups under other names."""
+        if not are_foreign_in(self.param_groups):
+            return
         self._adopted = [
             adopt_foreign(group, last or {})
             for group, last in zip_longest(self.param_groups, self._adopted)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -177,6 +178,46 @@ def form_units(
         units.append(unit)
         groups.append(new)
     return units, groups
+
+
+def substituted(
+    units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[Unit, Unit]]:
+    """Return units whose groups hold other parameters by now, with new ones of these.
+
+    Args:
+        units: The units.
+        groups: Their parameter groups.
+
+    Raises:
+        ValueError: If they have other shapes, or what is fixed was changed.
+    """
+    if len(groups) != len(units):
+        raise ValueError(
+            f"'param_groups' must keep its {len(units)} groups, one for each "
+            f"pre-conditioner, got {len(groups)}: freeze what is to rest, or build "
+            "a new optimizer."
+        )
+    replaced = []
+    for unit, group in zip(units, groups, strict=True):
+        fixed = group["structures"], group["preconditioner_dtypes"]
+        if fixed != (unit.structures, unit.dtypes):
+            raise ValueError(
+                f"Group {unit.group} must keep its structures {unit.structures} "
+                f"and preconditioner_dtypes {unit.dtypes}, got {fixed[0]!r} and "
+                f"{fixed[1]!r}: build a new optimizer to change them."
+            )
+        params = tuple(group["params"])
+        if len(params) == len(unit.params) and all(map(is_, params, unit.params)):
+            continue
+        shapes = [[tuple(p.shape) for p in ps] for ps in (unit.params, params)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"The parameters of group {unit.group} must keep the shapes "
+                f"{shapes[0]} where others take their place, got {shapes[1]}."
+            )
+        replaced.append((unit, replace(unit, params=params)))
+    return replaced
 
 
 def _check_symmetric(unit: Unit) -> None:

@@ -1,0 +1,50 @@
+"""What others, such as wrappers, put into an optimizer's state beside its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+
+from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
+
+
+def is_own(key: Any) -> bool:
+    """Return whether an entry of a parameter's state is this package's.
+
+    Wrappers put their own beside; these are kept.
+    """
+    names = {OF_UPDATES, OF_GRADIENTS, "step", "skipped"}
+    return key in names or re.match(r"[Km]\d", str(key)) is not None
+
+
+def foreign_copied(entries: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
+    """Return a parameter's entries, of which those of others are copies."""
+    return {
+        key: entry if is_own(key) else _copied(entry, p)
+        for key, entry in entries.items()
+    }
+
+
+def _copied(entry: Any, p: Tensor) -> Any:
+    if isinstance(entry, Tensor):
+        return entry.detach().to(p.device, copy=True)
+    return deepcopy(entry)
+
+
+def with_own_memory(entries: Any) -> Any:
+    """Return entries of the state whose tensors are no rows of a stack."""
+    if not isinstance(entries, Mapping):
+        return entries  # another's
+    return {k: e.clone() if isinstance(e, Tensor) else e for k, e in entries.items()}
+
+
+def of_no_parameter(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return copies of what the saved state holds beside that of parameters."""
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    known = {key for group in groups for key in group["params"]}
+    others = {k for k in state if k not in known and not isinstance(k, int)}
+    return {key: deepcopy(state[key]) for key in others}
