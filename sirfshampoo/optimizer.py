@@ -208,9 +208,10 @@ class SIRFShampoo(UnitOptimizer):
                 W moves along U + alpha1 · V in place of V; with `momentum_first`, U
                 pre-conditions G + alpha1 · V. The newest gradient counts at once.
             normalize_update: Whether U, D numbers in m rows, is scaled to ‖U‖_S4 = s ·
-                r^(−1/4), s = √m, r = min(m, D / m): to the size of orthonormal rows. A
-                vector and a kernel of one output are one row; axes of size 1 do not
-                count. An embedding of `model` looks up outputs: s = √D.
+                r^(−1/4), s = √m, r = min(m, D / m): to the size of orthonormal rows.
+                Axes of size 1 do not count. s = 1 for vectors, and for weights of four
+                axes of which the first, of outputs, is 1; an embedding of `model` looks
+                up outputs: s = √D.
             max_relative_update: How far lr · U moves a parameter at most, beside its
                 Frobenius norm, or ½ s if that is more. Default: None, no limit.
             clamp: Which norm of m limits the step of K: ``'frobenius'``, with which

@@ -231,15 +231,16 @@ def choose_structures(
     def choice(p: Parameter) -> frozenset[tuple[str, ...]]:
         """Return the structures of the axes, of a kernel also of one with flat pixels.
 
-        None if all are diagonal.
+        Empty if all are diagonal.
         """
         if _axes(p) < 2 or id(p) in lean:
             return frozenset()
         dims_of = [list(p.shape), [*p.shape[:2], prod(p.shape[2:])]]
-        return frozenset(
+        structures = [
             tuple("dense" if d <= max_dense else beyond for d in dims if d != 1)
             for dims in dims_of
-        )
+        ]
+        return frozenset(axes for axes in structures if len(axes) > 1)
 
     groups: dict[frozenset[tuple[str, ...]], list[Parameter]] = {}
     for p, weight in _with_weights(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from inspect import ismethod
 from typing import Any
@@ -75,7 +75,7 @@ OPTIONS = tuple(_CHECKS)
 CYCLED_MOMENTUM = "momentum"
 
 #: What schedulers write into a group, and what it is called here.
-_ADOPTED = {CYCLED_MOMENTUM: "alpha1", "weight_decay": "kappa"}
+_ALIASES = {CYCLED_MOMENTUM: "alpha1", "weight_decay": "kappa"}
 
 #: The options that are numbers; of these, the learning rate may stay a tensor.
 NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
@@ -99,36 +99,42 @@ def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor.item() for name, tensor in tensors.items()}
 
 
-def are_foreign_in(groups: Iterable[Mapping[str, Any]]) -> bool:
+def are_aliases_in(groups: Iterable[Mapping[str, Any]]) -> bool:
     """Return whether others have written anything into groups."""
-    return any([CYCLED_MOMENTUM in g or "weight_decay" in g for g in groups])
+    return any([not _ALIASES.keys().isdisjoint(group) for group in groups])
 
 
-def foreign_in(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what others have written into a group under names of their own."""
-    return {name: group[name] for name in _ADOPTED if name in group}
+def aliases_in(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what others have written into a group under their own names."""
+    return {name: group[name] for name in _ALIASES if name in group}
 
 
-def adopt_foreign(group: dict[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
-    """Set a group's options to what others have written under their own names.
+def adopt_aliases(
+    groups: Sequence[dict[str, Any]], before: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Set the options of groups to what others have written under their own names.
 
     Args:
-        group: The group.
-        last: What was adopted last: only what has changed since is, so that what a
-            user writes holds until a scheduler writes again.
+        groups: The groups.
+        before: What `aliases_in` said of them last: only what has changed since is
+            adopted, so that what a user writes holds until a scheduler writes again.
 
     Returns:
-        What is adopted now.
+        What it says now.
 
     Raises:
-        ValueError: If a value is wrong.
+        ValueError: If a value is wrong; nothing is changed then.
     """
-    found = foreign_in(group)
-    for name, value in found.items():
-        if value is not None and value != last.get(name):
-            own = _ADOPTED[name]
-            _CHECKS[own](name, value)
-            group[own] = float(value)
+    found = list(map(aliases_in, groups))
+    news = [
+        {k: v for k, v in now.items() if v is not None and v != last.get(k)}
+        for now, last in zip(found, [*before, *[{}] * len(found)], strict=False)
+    ]
+    for new in news:
+        for name, value in new.items():
+            _CHECKS[_ALIASES[name]](name, value)
+    for group, new in zip(groups, news, strict=True):
+        group |= {_ALIASES[name]: float(value) for name, value in new.items()}
     return found
 
 
@@ -154,14 +160,15 @@ def own_interval(T: Any) -> Any:
 def with_kappa(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options with ``weight_decay``, torch's name, as ``kappa``.
 
-    A group that was rewritten may hold a momentum that a scheduler has cycled, too.
+    Of a group that was rewritten, which has all options, what schedulers have written
+    beside is left out.
 
     Raises:
         ValueError: If both are there and differ.
     """
     named = dict(options)
-    if "alpha1" in named:
-        named.pop(CYCLED_MOMENTUM, None)
+    if named.keys() >= set(OPTIONS):
+        return {key: value for key, value in named.items() if key not in _ALIASES}
     if "weight_decay" in named:
         decay = named.pop("weight_decay")
         if named.setdefault("kappa", decay) != decay:

@@ -1,8 +1,7 @@
-"""Where modules have their weights, and which of these are tables of outputs."""
+"""Where modules have their weights."""
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 
 #: Modules whose weight is a table of outputs, and no weight of inputs.
@@ -31,4 +30,4 @@ def weight_of(module: Module) -> Parameter | None:
 def embedded(model: Module) -> set[int]:
     """Return the identities of the weights that embeddings look up."""
     tables = [weight_of(m) for m in model.modules() if isinstance(m, EMBEDDINGS)]
-    return {id(table) for table in tables if isinstance(table, Tensor)}
+    return {id(table) for table in tables if table is not None}

@@ -17,8 +17,9 @@ from sirfshampoo._distributed import is_dtensor
 from sirfshampoo._engine.examples import (
     Count,
     count_examples,
-    is_transformed,
+    is_transforming,
     is_vmapped,
+    reaches_parameters,
     takes_keywords,
     tensors_in,
 )
@@ -106,9 +107,13 @@ class BatchSizeCounter:
             return
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
-        if any(map(is_vmapped, tensors_in((args, kwargs)))):
-            self._is_unknown |= training
-            return
+        transforms = is_transforming()
+        if transforms:
+            if not any(map(reaches_parameters, tensors_in(output))):
+                return
+            if any(map(is_vmapped, tensors_in((args, kwargs)))):
+                self._is_unknown |= training
+                return
         try:
             size = count_examples(
                 self._count, args, kwargs, with_keywords=self._takes_keywords
@@ -118,7 +123,7 @@ class BatchSizeCounter:
                 raise
             return  # evaluation need not fit what training needs
         forward = _ForwardPass(size, announced=size if training else 0)
-        if any(map(is_transformed, tensors_in(output))):
+        if transforms:
             self._transformed += forward.announced
             return
         self._announced += forward.announced

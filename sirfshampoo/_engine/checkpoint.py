@@ -16,8 +16,7 @@ from sirfshampoo._config.groups import (
     check_options,
     plain_numbers,
 )
-from sirfshampoo._engine.foreign import is_own
-from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
+from sirfshampoo._engine.entries import OF_GRADIENTS, OF_UPDATES, is_own
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._engine.warn import tell
 from sirfshampoo.structures import structure_class
@@ -137,13 +136,14 @@ def check_fit(
         found = {p: dict(state_dict["state"].get(key, {})) for key, p in pairs}
         by_parameter |= found
         first = present["params"][0]
+        has_state = {p: any(map(is_own, entries)) for p, entries in found.items()}
         # it was frozen then, or torch.distributed.checkpoint leaves out what is now
-        if not any(found.values()) or not (found[first] or first.requires_grad):
+        if not any(has_state.values()) or not (has_state[first] or first.requires_grad):
             anew += [n for n, p in zip(names[i], found, strict=True) if p.requires_grad]
             continue
         shapes = _shapes(units[i])
         for key, p in pairs:
-            if found[p] or p.requires_grad:  # else it is left out
+            if has_state[p] or p.requires_grad:  # else it is left out
                 owner, optional = f"parameter {key}", {momentum: p.shape}
                 _check_momentum(owner, found[p], momentum)
                 _check_entries(owner, found[p], optional, shapes[p])
@@ -201,6 +201,7 @@ def _check_group(owner: str, saved: Group, present: Group, unit: Unit) -> None:
             )
         del given["T"]
     given["alpha1"] = given.pop(CYCLED_MOMENTUM, given["alpha1"])
+    given["kappa"] = given.pop("weight_decay", given["kappa"])
     check_options(given)
     ndim = len(present["structures"])
     dtypes_of_axes(saved["preconditioner_dtypes"], ndim, present["params"][0].dtype)

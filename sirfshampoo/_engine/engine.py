@@ -13,8 +13,8 @@ from sirfshampoo._config.groups import NUMBERS, check_options
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, is_dtensor, local
 from sirfshampoo._engine.costs import interval_of
+from sirfshampoo._engine.entries import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.everywhere import Everywhere
-from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
 from sirfshampoo._engine.owners import Owners
 from sirfshampoo._engine.plan import Settings, Task, plan_stack
 from sirfshampoo._engine.relay import Relay
@@ -118,14 +118,9 @@ class Engine:
         """
         if self._snapshot is not None and self._snapshot.are_in(groups):
             return self.units
-        replaced = substituted(self.units, groups)
-        for unit, new in replaced:
+        for unit, new in substituted(self.units, groups):
             self.units[unit.group] = new
-        present = {id(p) for unit in self.units for p in unit.params}
-        for unit, new in replaced:
-            # groups that changed places take their state along as it is
-            if not any(id(p) in present for p in unit.params):
-                self._hand_over(unit, new, state)
+            self._hand_over(unit, new, state)
         return self.units
 
     def _hand_over(self, old: Unit, new: Unit, state: dict[Tensor, State]) -> None:
@@ -221,17 +216,14 @@ class Engine:
 
     def _due(self, groups: Sequence[Group], step: int) -> list[bool]:
         """Return, a group, whether its factors are to be updated."""
-        try:
-            return [
-                bool(T(step)) if callable(T) else step % T == phase
-                for T, phase in zip(
-                    [group["T"] for group in groups], self.phases(groups), strict=True
-                )
-            ]
-        except (ZeroDivisionError, TypeError):
-            for group in groups:  # someone may have written into it
-                check_options({"T": group["T"]})
-            raise
+        intervals = [group["T"] for group in groups]
+        if not all([callable(T) or (type(T) is int and T > 0) for T in intervals]):
+            for T in intervals:  # someone has written into a group
+                check_options({"T": T})
+        return [
+            bool(T(step)) if callable(T) else step % T == phase
+            for T, phase in zip(intervals, self.phases(groups), strict=True)
+        ]
 
     def agree(self, counted: int | None) -> tuple[list[tuple[bool, ...]], int]:
         """Return what all ranks know alike before a step.

@@ -24,6 +24,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(entry)
 
 
+def is_transforming() -> bool:
+    """Return whether transforms of `torch.func` are at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def reaches_parameters(output: Tensor) -> bool:
+    """Return whether gradients flow on from an output, beneath all transforms."""
+    while is_transformed(output):
+        output = torch._C._functorch.get_unwrapped(output)
+    return output.grad_fn is not None
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Return whether a transform of `torch.func` is at work on a tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -17,6 +17,9 @@ _SHARED = tuple(
     if name not in ("structures", "preconditioner_dtypes", "combine_params")
 )
 
+#: What torch calls an option.
+_ALIASES = {"weight_decay": "kappa"}
+
 
 class GivenGroup(MutableMapping[str, Any]):
     """A view of all parameter groups that one given group became.
@@ -37,9 +40,11 @@ class GivenGroup(MutableMapping[str, Any]):
         """
         if key == "params":
             return [p for group in self._groups for p in group["params"]]
+        key = _ALIASES.get(key, key)
         if key not in _SHARED:
             raise KeyError(key)
-        first, *others = self._values(key)
+        self._check_not_empty(key)
+        first, *others = [group[key] for group in self._groups]
         alike = all(map(callable, [first, *others]))  # each group has a copy
         if not alike and any(value != first for value in others):
             told = list(dict.fromkeys(map(str, [first, *others])))
@@ -49,14 +54,13 @@ class GivenGroup(MutableMapping[str, Any]):
             )
         return first
 
-    def _values(self, key: str) -> list[Any]:
-        """Return an option of all groups, of which there must be one."""
+    def _check_not_empty(self, key: str) -> None:
+        """Check that there are groups, which have options."""
         if not self._groups:
             raise ValueError(
                 f"The group must have parameters to have an option '{key}': it was "
                 "given without any."
             )
-        return [group[key] for group in self._groups]
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Set an option in all groups.
@@ -64,10 +68,11 @@ class GivenGroup(MutableMapping[str, Any]):
         Raises:
             ValueError: If the value is wrong, or the option cannot be changed.
         """
+        key = _ALIASES.get(key, key)
         if key not in _SHARED:
             raise ValueError(f"Argument '{key}' must be in {_SHARED} to be set here.")
         check_options({key: value})
-        self._values(key)
+        self._check_not_empty(key)
         for group in self._groups:
             if isinstance(group[key], Tensor):  # where a captured CUDA graph looks
                 group[key].fill_(float(value))

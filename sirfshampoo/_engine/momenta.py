@@ -17,10 +17,6 @@ from sirfshampoo._engine.joint import stacked
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method.descent import add_each_
 
-#: What the state calls a momentum: of pre-conditioned gradients, as torch's optimizers
-#: do; and of gradients, which is another thing in another size.
-OF_UPDATES, OF_GRADIENTS = "momentum_buffer", "gradient_momentum"
-
 
 def zero_momenta(units: Sequence[Unit], *, held: bool) -> list[Tensor]:
     """Return momenta of zeros for units that are alike.

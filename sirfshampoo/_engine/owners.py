@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sirfshampoo._distributed import Exchange, is_dtensor, local, refuse_trainer
 from sirfshampoo._engine.assignment import with_owners
-from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
+from sirfshampoo._engine.entries import OF_GRADIENTS, OF_UPDATES, is_own
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit
 
@@ -106,7 +106,8 @@ class Owners:
             for p in unit.params:
                 mine[p] = {}
                 for key, tensor in sorted(saved.get(p, {}).items()):
-                    if key in (OF_UPDATES, OF_GRADIENTS) and is_dtensor(p):
+                    is_momentum = key in (OF_UPDATES, OF_GRADIENTS)
+                    if (is_momentum and is_dtensor(p)) or not is_own(key):
                         mine[p][key] = tensor
                     elif is_dtensor(tensor):
                         shards = local(tensor).to(p.device).unsqueeze(0)

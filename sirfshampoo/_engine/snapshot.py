@@ -51,7 +51,7 @@ class Snapshot:
 def _entries(state: Mapping[Any, Any]) -> Iterable[Any]:
     """Return all that is in a state; others than parameters may hold anything."""
     return chain.from_iterable(
-        [e.values() if isinstance(e, dict) else (e,) for e in state.values()]
+        [e.values() if isinstance(e, Mapping) else (e,) for e in state.values()]
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sirfshampoo._distributed import distributed_like, fill, placement
+from sirfshampoo._engine.entries import OF_UPDATES
 from sirfshampoo._engine.kept import KeptProducts
-from sirfshampoo._engine.momenta import OF_UPDATES, zero_momenta
+from sirfshampoo._engine.momenta import zero_momenta
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method import device
 from sirfshampoo.structures import StructuredMatrix, structure_class

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,16 +12,16 @@ from torch.optim import Optimizer
 
 from sirfshampoo._config.groups import (
     CYCLED_MOMENTUM,
-    adopt_foreign,
-    are_foreign_in,
+    adopt_aliases,
+    aliases_in,
+    are_aliases_in,
     check_options,
-    foreign_in,
     with_kappa,
 )
 from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook
 from sirfshampoo._engine.checkpoint import check_fit, with_code, without_code
 from sirfshampoo._engine.engine import Engine
-from sirfshampoo._engine.foreign import (
+from sirfshampoo._engine.entries import (
     foreign_copied,
     of_no_parameter,
     with_own_memory,
@@ -183,12 +182,8 @@ class UnitOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Take over what schedulers have written into groups under other names."""
-        if not are_foreign_in(self.param_groups):
-            return
-        self._adopted = [
-            adopt_foreign(group, last or {})
-            for group, last in zip_longest(self.param_groups, self._adopted)
-        ]
+        if are_aliases_in(self.param_groups):
+            self._adopted = adopt_aliases(self.param_groups, self._adopted)
 
     def _unit_names(self) -> list[list[str]]:
         """Return, a unit, the names of its parameters; without any: their numbers."""
@@ -264,6 +259,7 @@ class UnitOptimizer(Optimizer):
             reads it. In place of options that are code (``combine_params``, a callable
             ``T``) stands None.
         """
+        self._adopt()  # what a scheduler wrote after the last step belongs to this
         # a state put in by hand takes its place first
         stacks, owners = self._stacks(), self._engine.owners
         state_dict = super().state_dict()
@@ -313,7 +309,7 @@ class UnitOptimizer(Optimizer):
             if isinstance(present["lr"], Tensor):  # where a captured CUDA graph looks
                 group["lr"] = present["lr"].fill_(group["lr"])
         self.param_groups = self._batch_size.groups = loaded
-        self._adopted = list(map(foreign_in, loaded))
+        self._adopted = list(map(aliases_in, loaded))
         engine.units = [
             replace(unit, dtypes=group["preconditioner_dtypes"])
             for unit, group in zip(engine.units, self.param_groups, strict=True)

@@ -16,6 +16,7 @@ from sirfshampoo._config.axes import dtypes_of_axes, structures_of_axes
 from sirfshampoo._config.groups import own_interval, own_numbers
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import whole_rows
+from sirfshampoo._engine.entries import is_own
 from sirfshampoo._method.descent import size_of
 from sirfshampoo.combiner import PreconditionerGroup
 from sirfshampoo.structures import structure_class
@@ -110,9 +111,8 @@ class Unit:
     def is_wanted(self, state: Mapping[Tensor, Any]) -> bool:
         """Return whether the unit needs state: it trains, or has state already."""
         first = self.params[0]
-        return any(p.requires_grad or p.grad is not None for p in self.params) or bool(
-            state.get(first)
-        )
+        trains = any(p.requires_grad or p.grad is not None for p in self.params)
+        return trains or any(map(is_own, state.get(first, ())))
 
 
 def is_matrix(p: Tensor) -> bool:
@@ -192,6 +192,7 @@ def substituted(
     Raises:
         ValueError: If they have other shapes, or what is fixed was changed.
     """
+    unit_of = {id(p): unit for unit in units for p in unit.params}
     if len(groups) != len(units):
         raise ValueError(
             f"'param_groups' must keep its {len(units)} groups, one for each "
@@ -200,7 +201,8 @@ def substituted(
         )
     replaced = []
     for unit, group in zip(units, groups, strict=True):
-        fixed = group["structures"], group["preconditioner_dtypes"]
+        found = group["structures"], group["preconditioner_dtypes"]
+        fixed = tuple(tuple(x) if isinstance(x, list) else x for x in found)
         if fixed != (unit.structures, unit.dtypes):
             raise ValueError(
                 f"Group {unit.group} must keep its structures {unit.structures} "
@@ -210,6 +212,11 @@ def substituted(
         params = tuple(group["params"])
         if len(params) == len(unit.params) and all(map(is_, params, unit.params)):
             continue
+        if any(unit_of.get(id(p), unit) is not unit for p in params):
+            raise ValueError(
+                "'param_groups' must keep its order, one for each pre-conditioner, got "
+                f"parameters of another group in group {unit.group}."
+            )
         shapes = [[tuple(p.shape) for p in ps] for ps in (unit.params, params)]
         if shapes[0] != shapes[1]:
             raise ValueError(

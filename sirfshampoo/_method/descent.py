@@ -31,8 +31,8 @@ def size_of(shape: Size, *, embeds: bool) -> float:
 
     Args:
         shape: That of the parameter; its first axis is m. Axes of size 1 do not count,
-            but for a convolution's weight, ``[out, in, height, width]``, of one output:
-            that is one row.
+            but where there are four or more, as of a convolution's weight, ``[out, in,
+            height, width]``: one output is one row.
         embeds: Whether the parameter is the weight of an embedding.
     """
     if embeds:

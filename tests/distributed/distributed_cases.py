@@ -684,6 +684,20 @@ def resumed_from_one(way: str, owned: bool, folder: str) -> None:
     resumed_equally(model, optimizer, "T=3")
 
 
+def entries_of_others(way: str, owned: bool) -> None:
+    """What a wrapper puts beside the state stays on the rank that put it there."""
+    model, optimizer = trained(way, owned, "T=3")
+    together(model, optimizer, steps=1)
+    own = torch.full((2,), float(dist.get_rank()))
+    for p in model.parameters():
+        optimizer.state[p]["slow"] = own
+    optimizer.load_state_dict(optimizer.state_dict())
+    for p in model.parameters():
+        assert torch.equal(optimizer.state[p]["slow"], own)
+        assert optimizer.state[p]["slow"] is not own
+    together(model, optimizer, steps=1)
+
+
 def loaded_by_a_pair(way: str) -> None:
     """One pair of ranks of four loads into what it owns; the other does not wait."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("run", "pair"))["pair"]

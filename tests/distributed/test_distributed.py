@@ -93,6 +93,12 @@ def test_grad_scaler(two: Ranks, way: str, owned: bool) -> None:
     two.run(cases.grad_scaler, way=way, owned=owned)
 
 
+@OWNED
+@pytest.mark.parametrize("way", ["ddp", "1-d"])
+def test_entries_of_others(two: Ranks, way: str, owned: bool) -> None:
+    two.run(cases.entries_of_others, way=way, owned=owned)
+
+
 @WAYS
 @OWNED
 def test_gradient_missing_on_one_rank(two: Ranks, way: str, owned: bool) -> None:

@@ -440,6 +440,33 @@ def test_what_vmap_hides_is_not_guessed(beside: int) -> None:
     assert not all(map(torch.equal, before, model.parameters()))
 
 
+def no_gradients(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        func.jacrev(model)(x)
+        func.vmap(func.jacrev(model))(x)
+
+
+def of_copies(model: nn.Module, x: Tensor) -> None:
+    """Look at gradients of single examples, as torch's tutorial does."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], example: Tensor) -> Tensor:
+        return func.functional_call(model, params, (example[None],)).square().mean()
+
+    func.vmap(func.grad(loss), in_dims=(None, 0))(params, x)
+    func.grad(loss)(params, x[0])
+
+
+@pytest.mark.parametrize("look", [no_gradients, of_copies])
+def test_transforms_that_reach_no_parameter_do_not_count(look: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = SIRFShampoo(model)
+    look(model, torch.randn(64, 2))
+    train_on(model, torch.randn(10, 2))
+    optimizer.step()
+    assert optimizer.batch_size == 10
+
+
 class Attributes(dict[str, Tensor]):
     """A dictionary whose entries are attributes; others are errors of its own."""
 
@@ -458,19 +485,33 @@ class Batch:
         raise NotImplementedError
 
 
+@dataclass(init=False)
+class Unset:
+    """Has a field without a value."""
+
+    width: int
+
+
+def holding_itself() -> dict[str, Any]:
+    memo: dict[str, Any] = {}
+    memo["self"] = memo
+    return memo
+
+
+@pytest.mark.parametrize("beside", [None, Unset(), holding_itself()])
 @pytest.mark.parametrize("wrap", [lambda x: Attributes(x=x), Batch])
-def test_inputs_may_have_attributes_that_fail(wrap: Any) -> None:
+def test_inputs_may_have_attributes_that_fail(wrap: Any, beside: Any) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 2)
 
-        def forward(self, batch: Any) -> Tensor:
+        def forward(self, batch: Any, beside: Any) -> Tensor:
             return self.layer(batch.x)
 
     model = Model()
     optimizer = SIRFShampoo(model)
-    model(wrap(torch.randn(7, 3))).square().mean().backward()
+    model(wrap(torch.randn(7, 3)), beside).square().mean().backward()
     optimizer.step()
     assert optimizer.batch_size == 7
 

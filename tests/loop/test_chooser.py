@@ -252,6 +252,8 @@ def test_choices_go_with_the_recipe_on_kernels(max_dense: int) -> None:
         )
         for name, options in (("recipe", arguments), ("plain", {}))
     }
+    lone = choose_structures(nn.Conv2d(1, 1, 3))[0]["structures"]
+    assert lone == {1: "diagonal", 2: ("dense", "dense")}
     beyond = "dense" if max_dense > 8 else "block30diagonal"
     assert structures["recipe"]["0.weight"] == (beyond, "dense", beyond)
     assert structures["plain"]["0.weight"] == (beyond, *["dense"] * 3)

@@ -75,25 +75,58 @@ def test_a_run_with_a_cycled_momentum_resumes_as_it_was() -> None:
     assert again.param_groups[0]["alpha1"] == 0.5
 
 
-def test_groups_that_change_places_keep_their_state() -> None:
+def test_what_a_scheduler_writes_after_the_last_step_is_saved() -> None:
+    model, optimizer = pair(lr=0.1)
+    schedule = OneCycleLR(optimizer, 0.1, total_steps=4)
+    train(model, optimizer)
+    schedule.step()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.5
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = copy.deepcopy(model)
+    resumed = SIRFShampoo(other)
+    resumed.load_state_dict(saved)
+    x = torch.randn(8, 3)
+    train(model, optimizer, x)
+    train(other, resumed, x)
+    assert resumed.param_groups[0]["kappa"] == 0.5
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    saved["param_groups"][1]["weight_decay"] = -1.0
+    with pytest.raises(ValueError, match="'kappa' must be"):
+        resumed.load_state_dict(saved)
+
+
+def test_a_wrong_weight_decay_changes_no_group() -> None:
+    model, optimizer = pair()
+    for group, value in zip(optimizer.param_groups, (0.3, -1.0), strict=True):
+        group["weight_decay"] = value
+    with pytest.raises(ValueError, match="'weight_decay' must be"):
+        train(model, optimizer)
+    assert [group["kappa"] for group in optimizer.param_groups] == [0.0, 0.0]
+    optimizer.param_groups[1]["weight_decay"] = 0.3
+    train(model, optimizer)
+    assert [group["kappa"] for group in optimizer.param_groups] == [0.3, 0.3]
+    optimizer.given_groups[0]["weight_decay"] = 0.2
+    assert optimizer.given_groups[0]["weight_decay"] == 0.2
+    assert [group["kappa"] for group in optimizer.param_groups] == [0.2, 0.2]
+
+
+def test_groups_that_change_places_are_refused() -> None:
     model, optimizer = pair(beta2=0.5)
-    x = [torch.randn(8, 3) for _ in range(3)]
-    twin, other = copy.deepcopy((model, optimizer))
-    other.param_groups.reverse()
-    for batch in x:
-        train(model, optimizer, batch)
-        train(twin, other, batch)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
-        torch.testing.assert_close(
-            optimizer.state[p]["K0.mat"], other.state[q]["K0.mat"]
-        )
+    state = {p: dict(entries) for p, entries in optimizer.state.items()}
+    optimizer.param_groups.reverse()
+    with pytest.raises(ValueError, match="must keep its order"):
+        train(model, optimizer)
+    optimizer.param_groups.reverse()
+    train(model, optimizer)
+    for p, entries in state.items():
+        assert optimizer.state[p]["K0.mat"] is entries["K0.mat"]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("T", 0, "'T' must be an integer > 0"),
+        *[("T", T, "'T' must be an integer > 0") for T in (0, -1, 2.5, True, None)],
         ("structures", "diagonal", "must keep its structures .*, got 'diagonal'"),
         ("preconditioner_dtypes", torch.float64, "must keep .*, got .*torch.float64"),
     ],
@@ -175,7 +208,7 @@ def test_an_interval_that_cannot_be_copied_is_named() -> None:
 def test_what_wrappers_put_beside_the_state_is_saved_copied_and_loaded() -> None:
     model, optimizer = pair()
     for p in model.parameters():
-        optimizer.state[p]["slow"] = p.detach().clone()
+        optimizer.state[p] |= {"slow": p.detach().clone(), "m1_ema": torch.ones(2)}
         optimizer.state[p]["age"] = 3
     optimizer.state["wrapper"] = {"a": torch.ones(1)}
     optimizer.state["k"] = 5
@@ -212,10 +245,25 @@ def test_a_shallow_copy_takes_nothing_along() -> None:
 
 def test_a_state_may_be_loaded_in_inference_mode() -> None:
     model, optimizer = pair()
+    optimizer.state[model[0].weight]["slow"] = torch.ones(3)
     saved = optimizer.state_dict()
     with torch.inference_mode():
         optimizer.load_state_dict(saved)
+    optimizer.state[model[0].weight]["slow"].mul_(2)
     train(model, optimizer)
+
+
+def test_an_entry_of_others_is_no_state_of_what_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    optimizer = SIRFShampoo(model)
+    for p in model.parameters():
+        optimizer.state[p]["slow"] = p.detach().clone()
+    train(model, optimizer)
+    assert set(optimizer.state[model[0].weight]) == {"slow"}
+    resumed = SIRFShampoo(model)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert set(resumed.state[model[0].weight]) == {"slow"}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What others, such as wrappers, put into an optimizer's state beside its own."""
+"""Entries of an optimizer's state: its own, and those that others put beside."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sirfshampoo._engine.momenta import OF_GRADIENTS, OF_UPDATES
+#: What the state calls a momentum: of pre-conditioned gradients, as torch's optimizers
+#: do; and of gradients, which is another thing in another size.
+OF_UPDATES, OF_GRADIENTS = "momentum_buffer", "gradient_momentum"
 
 
 def is_own(key: Any) -> bool:
@@ -18,9 +21,10 @@ def is_own(key: Any) -> bool:
     Wrappers put their own beside; these are kept.
     """
     names = {OF_UPDATES, OF_GRADIENTS, "step", "skipped"}
-    return key in names or re.match(r"[Km]\d", str(key)) is not None
+    return key in names or re.fullmatch(r"[Km]\d+\.\w+", str(key)) is not None
 
 
+@torch.inference_mode(mode=False)  # a state may be loaded within it
 def foreign_copied(entries: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     """Return a parameter's entries, of which those of others are copies."""
     return {
@@ -42,6 +46,7 @@ def with_own_memory(entries: Any) -> Any:
     return {k: e.clone() if isinstance(e, Tensor) else e for k, e in entries.items()}
 
 
+@torch.inference_mode(mode=False)
 def of_no_parameter(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     """Return copies of what the saved state holds beside that of parameters."""
     state, groups = state_dict["state"], state_dict["param_groups"]
