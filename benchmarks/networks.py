@@ -64,10 +64,22 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 """What is timed; a new network joins with one line."""
 
 
-def of_recipe(settings: Mapping[str, Any]) -> Callable[[nn.Module], dict[str, Any]]:
-    """Return what tells the recipe's arguments for a network that is never called."""
-    told = {"batch_size": BATCH_SIZE, "steps": 5000}
-    return lambda model: {**recipe(model, **told), "batch_size": BATCH_SIZE, **settings}
+def of_recipe(
+    settings: Mapping[str, Any], *, tensor_rate: bool = False
+) -> Callable[[nn.Module], dict[str, Any]]:
+    """Return what tells the recipe's arguments for a network that is never called.
+
+    Args:
+        settings: What is set otherwise.
+        tensor_rate: Whether the learning rate is a tensor, as compiled steps want it.
+    """
+
+    def arguments(model: nn.Module) -> dict[str, Any]:
+        told = recipe(model, batch_size=BATCH_SIZE, steps=5000)
+        rate = {"lr": torch.tensor(told["lr"])} if tensor_rate else {}
+        return {**told, **rate, "batch_size": BATCH_SIZE, **settings}
+
+    return arguments
 
 
 COMPILED = "recipe, compiled"
@@ -81,7 +93,7 @@ CONTESTANTS: Mapping[str, tuple[str, Settings]] = {
         "sirfshampoo",
         of_recipe({"preconditioner_dtypes": "bfloat16"}),
     ),
-    COMPILED: ("sirfshampoo", of_recipe({"lr": torch.tensor(0.08)})),
+    COMPILED: ("sirfshampoo", of_recipe({}, tensor_rate=True)),
 }
 """Builder and settings of each."""
 
