@@ -38,8 +38,8 @@ def make_net():
 # %%
 # What it will take
 # -----------------
-# With the recipe, a convolution's weight has factors for outputs, for inputs, and for the
-# pixels of its kernel. In bfloat16 they take half as much.
+# With the recipe, a convolution's weight has factors for outputs, for inputs, and for
+# the pixels of its kernel. In bfloat16 they take half as much.
 
 arguments = recipe(make_net(), batch_size=batch, steps=steps)
 for dtype in (torch.float32, torch.bfloat16):
