@@ -1,6 +1,7 @@
 """SIRFShampoo: Shampoo with structured factors, without inverses and roots."""
 
 from sirfshampoo._report.rival import warn_of_rival
+from sirfshampoo.chooser import choose_structures
 from sirfshampoo.combiner import (
     FlattenEmbedding,
     FlattenKernel,
@@ -9,7 +10,7 @@ from sirfshampoo.combiner import (
     PreconditionerGroup,
 )
 from sirfshampoo.optimizer import SIRFShampoo
-from sirfshampoo.recipe import GrowingInterval, choose_structures, recipe
+from sirfshampoo.recipe import GrowingInterval, recipe
 from sirfshampoo.summary import Summary, summary
 
 __all__ = [

@@ -75,7 +75,7 @@ OPTIONS = tuple(_CHECKS)
 CYCLED_MOMENTUM = "momentum"
 
 #: What schedulers write into a group, and what it is called here.
-_ALIASES = {CYCLED_MOMENTUM: "alpha1", "weight_decay": "kappa"}
+ALIASES = {CYCLED_MOMENTUM: "alpha1", "weight_decay": "kappa"}
 
 #: The options that are numbers; of these, the learning rate may stay a tensor.
 NUMBERS = ("lr", "beta2", "alpha1", "alpha2", "lam", "kappa")
@@ -101,12 +101,12 @@ def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def are_aliases_in(groups: Iterable[Mapping[str, Any]]) -> bool:
     """Return whether others have written anything into groups."""
-    return any([not _ALIASES.keys().isdisjoint(group) for group in groups])
+    return any([not ALIASES.keys().isdisjoint(group) for group in groups])
 
 
 def aliases_in(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what others have written into a group under their own names."""
-    return {name: group[name] for name in _ALIASES if name in group}
+    return {name: group[name] for name in ALIASES if name in group}
 
 
 def adopt_aliases(
@@ -132,9 +132,9 @@ def adopt_aliases(
     ]
     for new in news:
         for name, value in new.items():
-            _CHECKS[_ALIASES[name]](name, value)
+            _CHECKS[ALIASES[name]](name, value)
     for group, new in zip(groups, news, strict=True):
-        group |= {_ALIASES[name]: float(value) for name, value in new.items()}
+        group |= {ALIASES[name]: float(value) for name, value in new.items()}
     return found
 
 
@@ -168,7 +168,7 @@ def with_kappa(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     named = dict(options)
     if named.keys() >= set(OPTIONS):
-        return {key: value for key, value in named.items() if key not in _ALIASES}
+        return {key: value for key, value in named.items() if key not in ALIASES}
     if "weight_decay" in named:
         decay = named.pop("weight_decay")
         if named.setdefault("kappa", decay) != decay:

@@ -1,7 +1,8 @@
-"""Where modules have their weights."""
+"""The weights of modules: where they are, and what counts as one."""
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Module, Parameter
 
 #: Modules whose weight is a table of outputs, and no weight of inputs.
@@ -9,6 +10,11 @@ EMBEDDINGS = (Embedding, EmbeddingBag)
 
 #: Where pruning and the older norms put the weight that is trained.
 _NAMES = ("weight", "weight_orig", "weight_v")
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Return whether a parameter has several axes; those of size 1 do not count."""
+    return sum(d != 1 for d in p.shape) > 1
 
 
 def weight_of(module: Module) -> Parameter | None:

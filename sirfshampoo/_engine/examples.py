@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
 from typing import Any
 
-import torch
 from torch import Size, Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import PackedSequence
@@ -22,32 +21,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         return
     for entry in _parts(value):
         yield from tensors_in(entry)
-
-
-def is_transforming() -> bool:
-    """Return whether transforms of `torch.func` are at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def reaches_parameters(output: Tensor) -> bool:
-    """Return whether gradients flow on from an output, beneath all transforms."""
-    while is_transformed(output):
-        output = torch._C._functorch.get_unwrapped(output)
-    return output.grad_fn is not None
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Return whether a transform of `torch.func` is at work on a tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def is_vmapped(tensor: Tensor) -> bool:
-    """Return whether a tensor hides an axis that `torch.func.vmap` goes along."""
-    while is_transformed(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return False
 
 
 def get_batch_size(inputs: tuple[Tensor, ...]) -> int:

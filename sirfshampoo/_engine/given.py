@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sirfshampoo._config.groups import OPTIONS, check_options, own_interval
+from sirfshampoo._config.groups import ALIASES, OPTIONS, check_options, own_interval
 
 #: What holds for a whole group; structures, types and rules are each unit's own.
 _SHARED = tuple(
@@ -16,9 +16,6 @@ _SHARED = tuple(
     for name in OPTIONS
     if name not in ("structures", "preconditioner_dtypes", "combine_params")
 )
-
-#: What torch calls an option.
-_ALIASES = {"weight_decay": "kappa"}
 
 
 class GivenGroup(MutableMapping[str, Any]):
@@ -40,7 +37,7 @@ class GivenGroup(MutableMapping[str, Any]):
         """
         if key == "params":
             return [p for group in self._groups for p in group["params"]]
-        key = _ALIASES.get(key, key)
+        key = ALIASES.get(key, key)
         if key not in _SHARED:
             raise KeyError(key)
         self._check_not_empty(key)
@@ -68,7 +65,7 @@ class GivenGroup(MutableMapping[str, Any]):
         Raises:
             ValueError: If the value is wrong, or the option cannot be changed.
         """
-        key = _ALIASES.get(key, key)
+        key = ALIASES.get(key, key)
         if key not in _SHARED:
             raise ValueError(f"Argument '{key}' must be in {_SHARED} to be set here.")
         check_options({key: value})

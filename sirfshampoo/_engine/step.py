@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sirfshampoo._config.weights import is_matrix
 from sirfshampoo._distributed import (
     is_dtensor,
     local,
@@ -22,7 +23,6 @@ from sirfshampoo._engine.kept import Preparation
 from sirfshampoo._engine.momenta import shards_of_gradients
 from sirfshampoo._engine.plan import Task
 from sirfshampoo._engine.stacks import Stack
-from sirfshampoo._engine.units import is_matrix
 from sirfshampoo._method import elementwise
 from sirfshampoo._method.descent import (
     accumulate,

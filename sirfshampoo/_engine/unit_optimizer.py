@@ -18,7 +18,7 @@ from sirfshampoo._config.groups import (
     check_options,
     with_kappa,
 )
-from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook
+from sirfshampoo._engine.batch_size import BatchSizeCounter
 from sirfshampoo._engine.checkpoint import check_fit, with_code, without_code
 from sirfshampoo._engine.engine import Engine
 from sirfshampoo._engine.entries import (
@@ -26,6 +26,7 @@ from sirfshampoo._engine.entries import (
     of_no_parameter,
     with_own_memory,
 )
+from sirfshampoo._engine.forward_hook import ForwardHook
 from sirfshampoo._engine.given import GivenGroup
 from sirfshampoo._engine.model import KnownModel
 from sirfshampoo._engine.stacks import Stack

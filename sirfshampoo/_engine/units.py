@@ -115,11 +115,6 @@ class Unit:
         return trains or any(map(is_own, state.get(first, ())))
 
 
-def is_matrix(p: Tensor) -> bool:
-    """Return whether a parameter has several axes; those of size 1 do not count."""
-    return sum(d != 1 for d in p.shape) > 1
-
-
 @torch.no_grad()
 def form_units(
     group: Mapping[str, Any],

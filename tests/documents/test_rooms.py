@@ -16,6 +16,7 @@ ROOMS = (
     "_config",
     "_engine",
     "_report",
+    "chooser",
     "recipe",
     "optimizer",
     "summary",
@@ -28,6 +29,7 @@ ONLY: dict[str, set[str]] = {
     "_distributed": set(),
     "combiner": set(),
     "_method": {"structures"},
+    "chooser": {"_config"},
     "recipe": {"_config", "combiner"},
 }
 """What the strict ones may import."""

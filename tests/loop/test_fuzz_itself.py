@@ -8,7 +8,8 @@ from hypothesis import Phase, given, settings
 from torch import Tensor
 
 from sirfshampoo._engine import step, unit_optimizer
-from sirfshampoo._engine.batch_size import BatchSizeCounter, ForwardHook
+from sirfshampoo._engine.batch_size import BatchSizeCounter
+from sirfshampoo._engine.forward_hook import ForwardHook
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.tally import Tally
 from sirfshampoo._engine.unit_optimizer import UnitOptimizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
 
 from sirfshampoo import SIRFShampoo
-from sirfshampoo._engine.batch_size import ForwardHook
+from sirfshampoo._engine.forward_hook import ForwardHook
 from tests.loop.fuzz.configurations import (
     DECAY,
     LATER,
