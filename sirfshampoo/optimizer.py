@@ -155,8 +155,9 @@ class SIRFShampoo(UnitOptimizer):
                 ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, those
                 with other sizes, such as ``'block64diagonal'`` and
                 ``'hierarchical8_8'``, and ``'dense1024'``: ``'dense'`` for axes up to
-                1024, ``'block64diagonal'`` for longer ones, and ``'diagonal'`` from 16
-                times that on.
+                1024 that are at most twice as long as the tensor's others together,
+                ``'block128diagonal'`` for longer ones, and ``'diagonal'`` from 16 times
+                1024 on.
             preconditioner_dtypes: The data type of the Kronecker factors, in the same
                 format: float16, bfloat16, float32, float64, or None for the type of
                 the parameter.
@@ -385,10 +386,12 @@ class SIRFShampoo(UnitOptimizer):
             ``name/momentum_norm`` (0 without momentum),
             ``name/K{n}_norm``, the Frobenius norm of the factor of axis n, and
             ``name/skipped``, the steps sat out because of a non-finite gradient. One
-            wait for each device.
+            wait for each device. Of sharded parameters, all ranks must ask.
         """
         stacks, names = self._stacks(), self._unit_names()
+        present, _ = self._engine.look_for_gradients()
         with full_precision({stack.skipped.device.type for stack in stacks}):
-            told = diagnostics(stacks, self.param_groups, names, self._engine.variant)
+            how = self.param_groups, names, present, self._engine.variant
+            told = diagnostics(stacks, *how)
         owners = self._engine.owners
         return told if owners is None else owners.exchange.joined(told)

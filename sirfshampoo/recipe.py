@@ -67,8 +67,10 @@ def recipe(
             `weight_decay` of 3000 / `steps`: what is usual for AdamW, 0.01 to 0.1, is
             less in runs of fewer than 30,000 steps. Vectors such as biases never
             shrink.
-        max_dense: The longest axis with a dense factor; longer ones have block-diagonal
-            factors, those of 16 times that length and vectors diagonal ones.
+        max_dense: The longest axis with a dense factor. Longer ones have dense blocks
+            of 128 (of `max_dense`, if that is less), and so have those of more than 128
+            that are over twice as long as the tensor's others together; those of 16
+            times `max_dense` and vectors have diagonal factors.
 
     Returns:
         Keyword arguments. Change or add what you like before you pass them on.

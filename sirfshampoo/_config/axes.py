@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
 from sirfshampoo.structures import structure_class
 
-#: 'dense1024' is 'dense' for axes up to 1024, block-diagonal for longer ones, and
-#: 'diagonal' for those of so many times that length: there, neighbours are strangers,
-#: such as the words of a vocabulary.
+#: 'dense1024' is 'dense' for axes up to 1024, but for those of more than so many times
+#: the length of the others together, where a factor would cost more than the tensor is
+#: worth; these have dense blocks, and axes of so many times 1024 are 'diagonal': there,
+#: neighbours are strangers, such as the words of a vocabulary.
 _LIMITED = re.compile("dense([1-9][0-9]*)")
-_BLOCKS, _STRANGERS = "block64diagonal", 16
+_LONG, _STRANGERS = 2, 16
+
+#: The length of blocks, and of axes that are dense in any case: calls cost more there.
+_BLOCK = 128
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,11 +29,11 @@ def check_structure(argument: str, name: Any) -> None:
     if not isinstance(name, str):
         raise ValueError(f"Argument '{argument}' must name structures, got {name!r}.")
     try:
-        structure_class(_of_axis(name, 0))
+        structure_class(_of_axis(name, 0, others=0))
     except ValueError as error:
         raise ValueError(
             f"Argument '{argument}' must name supported structures. {error} "
-            "'dense<size>' stands for 'dense' up to a size, block-diagonal beyond."
+            "'dense<size>' is 'dense' up to a size, in blocks or diagonal beyond."
         ) from None
 
 
@@ -92,18 +97,29 @@ def structures_of_axes(specification: Any, dims: Sequence[int]) -> tuple[str, ..
         ValueError: If the specification does not say it.
     """
     names = _of_axes("structures", specification, len(dims))
-    return tuple(_of_axis(name, dim) for name, dim in zip(names, dims, strict=True))
+    numel = prod(dims)
+    return tuple(
+        _of_axis(name, dim, others=numel // max(dim, 1))
+        for name, dim in zip(names, dims, strict=True)
+    )
 
 
-def _of_axis(name: str, dim: int) -> str:
-    """Return the structure of an axis by a name that may depend on its length."""
+def _of_axis(name: str, dim: int, others: int) -> str:
+    """Return the structure of an axis by a name that may depend on its length.
+
+    Args:
+        name: The name.
+        dim: The length of the axis.
+        others: That of the tensor's other axes together, their product.
+    """
     limited = _LIMITED.fullmatch(name)
     if limited is None:
         return name
     longest = int(limited[1])
-    if dim <= longest:
+    block = min(_BLOCK, longest)
+    if dim <= max(block, min(longest, _LONG * others)):
         return "dense"
-    return _BLOCKS if dim < _STRANGERS * longest else "diagonal"
+    return f"block{block}diagonal" if dim < _STRANGERS * longest else "diagonal"
 
 
 def dtypes_of_axes(

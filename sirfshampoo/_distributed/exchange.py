@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sirfshampoo._distributed.groups import awaiting, groups_of, is_mesh, twin_of
+from sirfshampoo._distributed.groups import (
+    awaiting,
+    groups_of,
+    is_mesh,
+    serving,
+    twin_of,
+)
 from sirfshampoo._distributed.regions import Regions
 from sirfshampoo._distributed.shards import is_dtensor
 
@@ -155,7 +161,8 @@ class Exchange:
                         flat = tensors[0].new_empty(length)
                     source = dist.get_global_rank(self.group, owner)
                     with awaiting("parameters"):
-                        work = dist.broadcast(flat, source, self.group, async_op=True)
+                        group = serving(self.group, flat.device)
+                        work = dist.broadcast(flat, source, group, async_op=True)
                     handles.append((work, flat, tensors, owner))
 
         def finish() -> None:
@@ -201,8 +208,9 @@ class Exchange:
             come = [sum(s.numel() for s in ss) for ss in shapes]
             incoming = outgoing.new_empty(sum(come))
             with awaiting(what):
+                group = serving(self.group, kind[1])
                 work = dist.all_to_all_single(
-                    incoming, outgoing, come, to, self.group, async_op=True
+                    incoming, outgoing, come, to, group, async_op=True
                 )
             handles.append((work, incoming, come, shapes, kind, outgoing))
 

@@ -17,15 +17,25 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
+#: Errors that say nothing of other ranks; torch before 2.8 lacks the second.
+_OF_THE_DEVICE = (
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
+
+
 @contextmanager
 def awaiting(what: str) -> Iterator[None]:
     """Name what was awaited where a collective fails or times out.
 
     Raises:
-        RuntimeError: In place of what the collective raised.
+        RuntimeError: In place of what the collective raised. What this rank's device
+            lacks or refuses passes as it is.
     """
     try:
         yield
+    except _OF_THE_DEVICE:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"SIRFShampoo awaited {what} from the other ranks, in vain: one of them "
@@ -158,9 +168,20 @@ def twin_of(group: ProcessGroup) -> ProcessGroup:
             list(ranks),
             timeout=_timeout_of(group),
             backend=backend,
-            use_local_synchronization=True,  # ranks of other groups do not come here
+            # Ranks of other groups do not come here. But torch then names a group by
+            # how many the rank is in, and ranks with other names would not meet.
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
     return known[ranks]
+
+
+def serving(group: ProcessGroup, device: torch.device) -> ProcessGroup:
+    """Return a group, or that of our own with its ranks for what it cannot send.
+
+    Such as tensors on the CPU, where all ranks have NCCL alone.
+    """
+    lacks = device.type == "cpu" and "cpu" not in _devices_of(group)
+    return twin_of(group) if lacks else group
 
 
 def _timeout_of(group: ProcessGroup) -> Any:
@@ -171,6 +192,12 @@ def _timeout_of(group: ProcessGroup) -> Any:
 
 def _device_of(group: ProcessGroup) -> torch.device:
     """Return where tensors must lie for a group; on the CPU if it can."""
-    # such as "cpu:gloo,cuda:nccl"
-    devices = [p.split(":")[0] for p in dist.get_backend_config(group).split(",")]
+    devices = _devices_of(group)
     return torch.device("cpu" if "cpu" in devices else devices[0])
+
+
+def _devices_of(group: ProcessGroup) -> list[str]:
+    """Return the types of devices that a group can send from."""
+    # such as "cpu:gloo,cuda:nccl"
+    backends = dist.get_backend_config(group).split(",")
+    return [backend.partition(":")[0] for backend in backends]

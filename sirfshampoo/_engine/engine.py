@@ -130,10 +130,11 @@ class Engine:
             if self.owners is not None and is_dtensor(q) and self.momentum in entries:
                 self.owners.exchange.check([(f"one of group {new.group}", q)])
                 if not is_dtensor(p):  # from where it was whole to where shards are
-                    if not self.holds(old):
-                        entries[self.momentum] = local(q).new_zeros(q.shape)
-                    of_owner = [(old.owner or 0, entries[self.momentum])]
-                    self.owners.exchange.broadcast(of_owner)()
+                    whole = local(q).new_zeros(q.shape)
+                    if self.holds(old):  # may have been elsewhere
+                        whole.copy_(entries[self.momentum])
+                    self.owners.exchange.broadcast([(old.owner or 0, whole)])()
+                    entries[self.momentum] = whole
             state[q] = entries
 
     # ----------------------------------------------------------------------- stacks
@@ -237,16 +238,24 @@ class Engine:
         """
         if self.owners is not None:
             self.owners.check_caller(self.units)
-        params = [p for unit in self.units for p in unit.params]
-        gradients = [p.grad for p in params]
-        flags = [gradient is not None for gradient in gradients]
+        gradients = [p.grad for unit in self.units for p in unit.params]
         if any([G.layout is not torch.strided for G in gradients if G is not None]):
             for unit in self.units:
                 unit.check_gradients()
-        everywhere, total = self.ranks.agree(flags, counted, params)
-        if everywhere and not any(everywhere) and not self._told_of_rest:
+        everywhere, total = self.look_for_gradients(counted)
+        rests = bool(everywhere) and not any([any(of_unit) for of_unit in everywhere])
+        if rests and not self._told_of_rest:
             self._told_of_rest = True  # once is enough
             warn_of_rest()
+        return everywhere, total
+
+    def look_for_gradients(
+        self, counted: int | None = None
+    ) -> tuple[list[tuple[bool, ...]], int]:
+        """Return what `agree` does, and no more. All ranks must ask."""
+        params = [p for unit in self.units for p in unit.params]
+        flags = [p.grad is not None for p in params]
+        everywhere, total = self.ranks.agree(flags, counted, params)
         if all(everywhere):
             return [(True,) * len(unit.params) for unit in self.units], total
         known = iter(everywhere)

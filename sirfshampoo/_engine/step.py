@@ -42,6 +42,7 @@ from sirfshampoo._method.factors import (
     start_factors,
     update_factors,
 )
+from sirfshampoo._method.lessons import Lesson, learn_together
 from sirfshampoo._method.preconditioner import precondition
 from sirfshampoo._method.rows import both, finite_rows, unless_all
 
@@ -115,15 +116,19 @@ def take_steps(
         counters: The tasks' `skipped`: Dynamo passes over calls that get no tensor.
     """
     for batch in route.in_turn(tasks):
+        gathered = route.gather(batch)
         learned: list[Tensor | None] = []  # which rows did; None: all
-        U: list[Tensor] = []
-        for task, (G, ahead_of) in zip(batch, route.gather(batch), strict=True):
+        lessons: list[Lesson] = []
+        for task, (G, _) in zip(batch, gathered, strict=True):
             moves = None
             if task.settings.due:
-                moves = _update_factors(task, G, batch_size, workspace)
+                moves = _update_factors(task, G, batch_size, workspace, lessons)
             learned.append(moves)
-            rows, preparation = task.rows, task.preparation
-            U.append(precondition_rows(task.stack, rows, ahead_of, preparation))
+        learn_together(lessons)
+        U = [
+            precondition_rows(task.stack, task.rows, ahead_of, task.preparation)
+            for task, (_, ahead_of) in zip(batch, gathered, strict=True)
+        ]
         route.deliver(_updates(batch, U, learned))
 
 
@@ -159,9 +164,16 @@ def _updates(
 
 
 def _update_factors(
-    task: Task, G: Tensor, batch_size: int, workspace: Workspace
+    task: Task,
+    G: Tensor,
+    batch_size: int,
+    workspace: Workspace,
+    lessons: list[Lesson],
 ) -> Tensor | None:
-    """Update the factors of a task; return which rows moved (None: all)."""
+    """Update the factors of a task; return which rows moved (None: all).
+
+    What small ones have yet to learn is put into `lessons`.
+    """
     settings, variant = task.settings, task.settings.variant
     lam: float | Tensor = settings.lam
     learns: Tensor | None = None
@@ -170,7 +182,7 @@ def _update_factors(
         lam, learns = lam * power, unless_all(power > 0)
     if variant.initial_factors == "gradient" and task.stack.may_start:
         start_factors(task.K, G, batch_size=batch_size, lam=lam)
-    update = partial(update_factors, workspace=workspace)
+    update = partial(update_factors, workspace=workspace, lessons=lessons)
     if task.stack.elementwise:
         update = elementwise.update_factors  # type: ignore[assignment]
     return update(

@@ -90,10 +90,6 @@ class Unit:
         needed = (structure_class(name).WORKSPACE for name in self.structures)
         return self.dims.numel() * max(needed) + self.num_stored
 
-    def gradients_present(self) -> tuple[bool, ...]:
-        """Return, a parameter, whether it has a gradient."""
-        return tuple(p.grad is not None for p in self.params)
-
     def check_gradients(self) -> None:
         """Check that gradients are not sparse.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sirfshampoo._method import device
+from sirfshampoo._method.lessons import Lesson, Manner, is_small, learn
 from sirfshampoo._method.rows import (
     LARGEST_FLOAT16,
     along_axes,
@@ -121,8 +122,11 @@ def update_factors(
     clamp: str,
     learns: Tensor | None,
     workspace: Workspace,
+    lessons: list[Lesson],
 ) -> Tensor | None:
     """Update the Kronecker factors K and their Riemannian momenta m in place.
+
+    What small factors learn is put into `lessons`; they stay as they are until then.
 
     Args:
         K: The factor of each axis.
@@ -138,6 +142,7 @@ def update_factors(
         learns: A mask ``[rows]``; where it is False, a row's factors and momenta stay
             as they are. None: all rows learn.
         workspace: Memory for what is needed within the call.
+        lessons: Gets what small factors have yet to learn, by `learn_together`.
 
     Returns:
         A mask ``[rows]`` that is False where a non-finite gradient, or an overflow,
@@ -148,11 +153,11 @@ def update_factors(
     damping = _damping(K, lam)
 
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
-    s = []
+    s, are_small = [], [is_small(K_n) for K_n in K]
     for n, K_n in enumerate(K):
         X, scale = mat(A.to(K_n.dtype), n), dims[n] / 2
         if damping:
-            out = workspace.like(K_n, n)
+            out = None if are_small[n] else workspace.like(K_n, n)
             s_n = K_n.damped_gram(X, scale=scale, damping=damping[n], out=out)
         else:
             s_n = K_n.project_gram(X, scale=scale)
@@ -160,31 +165,19 @@ def update_factors(
 
     finite = finite_rows(reduce(torch.add, [s_n.probe() for s_n in s]))
     learns = both(learns, finite)
-    learned, sizes = [], []
-    for n, s_n in enumerate(s):
-        # m_n ← alpha2 · m_n + (1 − alpha2) · s_n
-        weight: float | Tensor = 1 - alpha2
-        if learns is not None:
-            s_n.clear_(~learns)
-            weight = learns.to(accumulation_dtype(s_n.dtype)) * weight
-        m_n = s_n if m is None else m[n].lerp_(s_n, weight)
-        learned.append(m_n)
-        sizes.append(m_n.spectral_norm() if clamp == "spectral" else m_n.norm())
-    rates = torch.stack(sizes).clamp_(min=1.0).reciprocal_()
-    if learns is not None:
-        rates *= learns
-    for n, (K_n, m_n, rate) in enumerate(zip(K, learned, each(rates), strict=True)):
-        change = rate * (-beta2 * times[n] / 2)
-        scratch = workspace.like(K_n, len(K)) if m is None else s[n]
-        if times[n] == 2:
-            # K_n ← K_n − beta2 / max(1, ‖m_n‖_F) · K_n m_n
-            K_n.add_product_(m_n, change, scratch=scratch)
+    for n, (K_n, s_n, small) in enumerate(zip(K, s, are_small, strict=True)):
+        lesson = Lesson(
+            K_n,
+            None if m is None else m[n],
+            s_n,
+            learns,
+            workspace.like(K_n, len(K)) if m is None and not small else None,
+            Manner(times[n], beta2, alpha2, clamp),
+        )
+        if small:
+            lessons.append(lesson)
         else:
-            # K_n ← E K_n E with E = I − ½ beta2 / max(1, ‖m_n‖_F) · m_n
-            K_n.transform_(m_n, change, scratch=scratch)
-        if K_n.dtype == torch.float16:
-            # without damping, K grows as long as gradients vanish
-            K_n.copy_(K_n.scale((LARGEST_FLOAT16 / K_n.max_abs()).clamp(max=1.0)))
+            learn(lesson)
     return finite
 
 

@@ -30,6 +30,7 @@ def diagnostics(
     stacks: Sequence[Stack],
     groups: Sequence[Mapping[str, Any]],
     names: Sequence[Sequence[str]],
+    present: Sequence[Sequence[bool]],
     variant: Variant,
 ) -> dict[str, float]:
     """Return numbers on every unit; see ``SIRFShampoo.diagnostics``.
@@ -38,6 +39,7 @@ def diagnostics(
         stacks: The stacks that hold the units.
         groups: The parameter group of each unit.
         names: The names of each unit's parameters.
+        present: Whether each of them has a gradient, on every rank.
         variant: How a step is taken.
     """
     of_unit: dict[int, dict[str, Tensor]] = {}
@@ -45,7 +47,8 @@ def diagnostics(
         for row, unit in enumerate(stack.units):
             lr = float(groups[unit.group]["lr"])
             alpha1 = float(groups[unit.group]["alpha1"])
-            found = _of_direction(stack, row, lr, alpha1, variant)  # needs all ranks
+            # needs all ranks
+            found = _of_direction(stack, row, present[unit.group], lr, alpha1, variant)
             if stack.held:
                 of_unit[unit.group] = _of_row(stack, row, lr, *found)
     labels = ["+".join(of_unit) for of_unit in names]
@@ -65,7 +68,12 @@ def diagnostics(
 
 
 def _of_direction(
-    stack: Stack, row: int, lr: float, alpha1: float, variant: Variant
+    stack: Stack,
+    row: int,
+    present: Sequence[bool],
+    lr: float,
+    alpha1: float,
+    variant: Variant,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what a unit's parameters move along, and its momentum.
 
@@ -75,7 +83,6 @@ def _of_direction(
     momentum = whole_momenta([V_j[rows] for V_j in stack.V or []], [unit])
     V = joined([unit], momentum) if momentum else None
     G = None
-    present = unit.gradients_present()
     if (V is None or variant.nesterov) and any(present):
         G = joint_gradients([unit], [j for j, has in enumerate(present) if not has])
     if V is not None and variant.momentum_first:

@@ -323,18 +323,22 @@ class StructuredMatrix(ABC):
         if d == 0:
             return torch.zeros(self.batch_shape, dtype=dtype, device=self.device)
         tiny = torch.finfo(dtype).tiny
-        v = torch.zeros(*self.batch_shape, d, 1, dtype=dtype, device=self.device)
         diagonals = [t.flatten(self.batch_ndim) for t in self.diagonals()]
         diagonal = diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, -1)
-        v.scatter_(-2, diagonal.abs().argmax(-1)[..., None, None], 1.0)
-        for multiply in (self.matmat, self.rmatmat) * 2:
-            # K / √d stays in the range of half precision; after each product, since
-            # that of several leaves any range when gradients jump
-            v = multiply(v.to(self.dtype), scale=d**-0.5).to(dtype)
-            norm = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
-            v = v / norm.clamp(min=tiny)
-        estimate: Tensor = norm[..., 0, 0] * d**0.5
-        return estimate
+        # K / √d stays in the range of half precision, and its square in that of others
+        root = d**0.5
+        v = self.column(diagonal.abs().argmax(-1)).to(dtype) / root
+        for multiply in (self.rmatmat, self.matmat, self.rmatmat):
+            # each time, since products of several leave any range when gradients jump
+            v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_(min=tiny)
+            v = multiply(v.to(self.dtype), scale=1 / root).to(dtype)
+        estimate: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
+        return estimate.mul_(root)
+
+    def column(self, index: Tensor) -> Tensor:
+        """Return a column of each matrix, ``[*batch, d, 1]``, by its index."""
+        axis = torch.zeros(*self.shape[:-1], 1, dtype=self.dtype, device=self.device)
+        return self.matmat(axis.scatter_(-2, index[..., None, None], 1.0))
 
     def probe(self) -> Tensor:
         """Return numbers ``[*batch]`` that are finite only if all entries are."""

@@ -15,15 +15,6 @@ from sirfshampoo.structures.dense import DenseMatrix
 from sirfshampoo.structures.products import product, product_like
 
 
-def _is_large(X: Tensor) -> bool:
-    """Return whether products with X go one by one over the batch.
-
-    The blocks of several matrices lie at uneven distances, hence one product for all
-    needs copies of X; beyond some size these cost more than the products' launches.
-    """
-    return X.ndim == 3 and X.shape[1:].numel() >= 1 << 14
-
-
 @dataclass(frozen=True, eq=False)
 class BlockDiagonalMatrix(StructuredMatrix):
     """A batch of matrices with ⌊d / b⌋ dense b × b blocks and one of the rest.
@@ -62,13 +53,44 @@ class BlockDiagonalMatrix(StructuredMatrix):
         head, last = X.split([X.shape[-2] - rest, rest], dim=-2)
         return head.unflatten(-2, (number, cls.BLOCK_SIZE)), last
 
+    def _parts(self) -> tuple[DenseMatrix, ...]:
+        """Return views of the blocks, ``[number, b, b]``, and of the last ones.
+
+        Without those of size 0.
+        """
+        return tuple(
+            [
+                DenseMatrix(t.view(-1, *t.shape[-2:]))
+                for t in self.tensors()
+                if t.numel()
+            ]
+        )
+
     def matmul(self, other: Self, *, scale: float = 1.0) -> Self:
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return type(self)(*(product(t, o, scale) for t, o in pairs))
 
+    @classmethod
+    def _is_even(cls, X: Tensor) -> bool:
+        """Return whether the blocks of X lie at even distances in memory."""
+        return X.shape[-2] % cls.BLOCK_SIZE == 0 and X.is_contiguous()
+
+    @classmethod
+    def _goes_in_turn(cls, X: Tensor) -> bool:
+        """Return whether products with X go one by one over the batch.
+
+        Where blocks lie at uneven distances, one product for all needs copies of X;
+        beyond some size these cost more than the products' launches.
+        """
+        is_large = X.ndim == 3 and X.shape[1:].numel() >= 1 << 14
+        return is_large and not cls._is_even(X)
+
     def matmat(self, X: Tensor, *, scale: float = 1.0) -> Tensor:
+        if self._is_even(X):
+            head, _ = self._cut(X)
+            return product(self.blocks, head, scale).flatten(-3, -2)
         Y = torch.empty_like(X)
-        if _is_large(X):
+        if self._goes_in_turn(X):
             for K_i, X_i, Y_i in zip(self._single(), X, Y, strict=True):
                 K_i._multiply_into(X_i, Y_i, scale)
         else:
@@ -95,7 +117,7 @@ class BlockDiagonalMatrix(StructuredMatrix):
     @classmethod
     def project_gram(cls, X: Tensor, *, scale: float = 1.0) -> Self:
         head, last = cls._cut(X)
-        if _is_large(X):
+        if cls._goes_in_turn(X):
             blocks = torch.stack([product(part, part.mT, scale) for part in head])
         else:
             blocks = product(head, head.mT, scale)
@@ -107,15 +129,32 @@ class BlockDiagonalMatrix(StructuredMatrix):
     def outer(self) -> Self:
         return self.map(lambda t: product(t, t.mT))
 
+    def add_product_(
+        self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
+    ) -> Self:
+        for K, L in zip(self._parts(), other._parts(), strict=True):
+            K.add_product_(L, _of_blocks(alpha, len(K.mat)))
+        return self
+
+    def transform_(
+        self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
+    ) -> Self:
+        for K, L in zip(self._parts(), other._parts(), strict=True):
+            K.transform_(L, _of_blocks(alpha, len(K.mat)))
+        return self
+
     def symmetrize_(self) -> Self:
-        for t in self.tensors():
-            t.add_(t.mT.clone()).mul_(0.5)
+        for K in self._parts():
+            K.symmetrize_()
         return self
 
     def spectral_norm(self) -> Tensor:
         """Return about the largest of the blocks' spectral norms, ``[*batch]``."""
-        blocks, last = (DenseMatrix(t).spectral_norm() for t in self.tensors())
-        return torch.cat([blocks, last.unsqueeze(-1)], -1).amax(-1)
+        number = self.batch_shape.numel()
+        norms = [K.spectral_norm().view(number, -1) for K in self._parts()]
+        if not norms:
+            return super().spectral_norm()
+        return torch.cat(norms, -1).amax(-1).view(self.batch_shape)
 
     def diagonals(self) -> tuple[Tensor, ...]:
         return tuple(t.diagonal(dim1=-2, dim2=-1) for t in self.tensors())
@@ -137,6 +176,13 @@ class BlockDiagonalMatrix(StructuredMatrix):
             K[..., start:stop, start:stop] = self.blocks[..., i, :, :]
         K[..., full:, full:] = self.last
         return K
+
+
+def _of_blocks(alpha: float | Tensor, number: int) -> float | Tensor:
+    """Return one value a block, of one value a matrix."""
+    if isinstance(alpha, Tensor):
+        return alpha.flatten().repeat_interleave(number // alpha.numel())
+    return alpha
 
 
 @cache

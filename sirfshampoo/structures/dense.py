@@ -103,6 +103,10 @@ class DenseMatrix(StructuredMatrix):
         self.mat.add_(self.mat.mT.clone()).mul_(0.5)
         return self
 
+    def column(self, index: Tensor) -> Tensor:
+        where = index[..., None, None].expand(*self.mat.shape[:-1], 1)
+        return self.mat.gather(-1, where)
+
     def probe(self) -> Tensor:
         # a Gram matrix with a finite diagonal is finite
         (diagonal,) = self.diagonals()

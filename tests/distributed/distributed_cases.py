@@ -9,6 +9,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ from sirfshampoo import (
     SIRFShampoo,
 )
 from sirfshampoo._distributed import Exchange
+from sirfshampoo._distributed import groups as our_groups
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import cost_of
 from tests.cases import FAST, STRUCTURES, Tensors, mixture
@@ -561,6 +563,57 @@ def told_by_diagnostics(owned: bool) -> None:
         assert told.keys() == wanted.keys()
         for key, value in wanted.items():
             assert abs(told[key] - value) <= 1e-9 * max(1.0, abs(value)), key
+
+
+def told_where_a_gradient_is_missing() -> None:
+    """Whether a gradient is missing on one rank alone, diagnostics end, and agree."""
+    model = make_model()
+    shard(model, meshes()["1-d"])
+    optimizer = maker("no momenta")(model)
+    together(model, optimizer, steps=1)
+    first = next(model.parameters())
+    if dist.get_rank() == 0:
+        first.grad = None
+    told = optimizer.diagnostics()
+    of_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_rank, [str(value) for value in told.values()])
+    assert all(other == of_rank[0] for other in of_rank)
+
+
+def in_unequally_many_groups() -> None:
+    """Ranks meet that are in more groups than others, by which torch names groups."""
+    our_groups._TWINS.clear()  # others have met here before
+    dist.new_group([0])
+    model = DistributedDataParallel(make_model())
+    optimizer = maker("dense")(model)
+    together(model, optimizer, steps=1)
+    assert optimizer.global_step == 1
+
+
+def sent_elsewhere() -> None:
+    """What a group cannot send goes by one of our own."""
+    world = our_groups.groups_of(dist.group.WORLD)[0]
+    cpu = torch.device("cpu")
+    assert our_groups.serving(world, cpu) is world
+    mine = torch.full((3,), float(dist.get_rank()))
+    with patch.object(our_groups, "_devices_of", lambda _: ["cuda"]):
+        assert our_groups.serving(world, torch.device("cuda")) is world
+        assert our_groups.serving(world, cpu) is not world
+        Exchange(dist.group.WORLD).broadcast([(1, mine)])()
+    assert mine.tolist() == [1.0] * 3
+
+
+def offloaded() -> None:
+    """Shards that do not lie where their mesh is are refused by name."""
+    model = make_model()
+    shard(model, meshes()["1-d"])
+    mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
+    elsewhere = patch.object(type(mesh), "device_type", "cuda")
+    with elsewhere:
+        optimizer = maker("dense")(model)
+        optimizer.state_dict()  # nothing is sent
+        with pytest.raises(ValueError, match="CPUOffloadPolicy"):
+            optimizer.step()
 
 
 # --- checkpoints ----------------------------------------------------------------------

@@ -104,3 +104,14 @@ def test_orders_that_wait_in_a_circle() -> None:
     assert not can_all_end(orders)
     orders[2].reverse()
     assert can_all_end(orders)
+
+
+@pytest.mark.parametrize("error", groups._OF_THE_DEVICE)
+def test_what_the_device_lacks_is_not_told_of_other_ranks(
+    error: type[RuntimeError],
+) -> None:
+    with pytest.raises(error, match=r"^full$"), groups.awaiting("gradients"):
+        raise error("full")
+    told = pytest.raises(RuntimeError, match="awaited gradients")
+    with told, groups.awaiting("gradients"):
+        raise RuntimeError("timed out")

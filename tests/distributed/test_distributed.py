@@ -206,6 +206,10 @@ def test_gradients_placed_otherwise(
         cases.pickles_of_shared,
         cases.ranks_that_join,
         cases.shards_that_cannot_be_owned,
+        cases.told_where_a_gradient_is_missing,
+        cases.in_unequally_many_groups,
+        cases.sent_elsewhere,
+        cases.offloaded,
     ],
 )
 def test_case(two: Ranks, case: Callable[[], None]) -> None:

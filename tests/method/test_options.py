@@ -419,11 +419,38 @@ def test_the_recipe_has_one_rate() -> None:
     }
     assert structures[5, 40] == ("dense", "dense")
     assert structures[800, 7] == ("diagonal", "dense")
-    long = SIRFShampoo(
-        [nn.Parameter(torch.zeros(51, 799))], structures="dense50", batch_size=1
-    )
-    assert long.param_groups[0]["structures"] == ("block64diagonal",) * 2
     assert structures[(5,)] == ("diagonal",)
+
+
+@pytest.mark.parametrize(
+    ("shape", "structures"),
+    [
+        ((1024, 1024), ("dense", "dense")),
+        ((1024, 1025), ("dense", "block128diagonal")),
+        ((2 * 100, 100), ("dense", "dense")),
+        ((2 * 100 + 1, 100), ("block128diagonal", "dense")),
+        ((100, 3 * 100), ("dense", "block128diagonal")),
+        ((5, 128), ("dense", "dense")),
+        ((129, 5), ("block128diagonal", "dense")),
+        ((200, 10, 10), ("dense", "dense", "dense")),
+        ((201, 10, 10), ("block128diagonal", "dense", "dense")),
+        ((16 * 1024 - 1, 8), ("block128diagonal", "dense")),
+        ((16 * 1024, 2000), ("diagonal", "block128diagonal")),
+    ],
+)
+def test_axes_longer_than_the_others_have_blocks(
+    shape: tuple[int, ...], structures: tuple[str, ...]
+) -> None:
+    with torch.device("meta"):
+        p = nn.Parameter(torch.empty(shape))
+        optimizer = SIRFShampoo([p], structures="dense1024", batch_size=1)
+    assert optimizer.param_groups[0]["structures"] == structures
+
+
+def test_a_limit_below_that_of_blocks_holds_for_blocks() -> None:
+    p = nn.Parameter(torch.zeros(51, 799))
+    optimizer = SIRFShampoo([p], structures="dense50", batch_size=1)
+    assert optimizer.param_groups[0]["structures"] == ("block50diagonal",) * 2
 
 
 @pytest.mark.parametrize(

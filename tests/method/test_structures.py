@@ -416,7 +416,7 @@ def test_reductions_agree_with_dense(name: str, d: int) -> None:
 
 
 @each_structure
-@pytest.mark.parametrize("size", [1e-12, 1e12])
+@pytest.mark.parametrize("size", [1e-12, 1e18])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_spectral_norm_grows_with_the_matrix(
     name: str, size: float, dtype: torch.dtype
