@@ -81,6 +81,8 @@ def _note(results: Sequence[Result], timed: bool) -> str:
         f"forward and backward pass included ({env['cpu']}, one thread), and the share "
         "of AdamW's steps until AdamW's best loss."
     )
+    if remark := (first["clock"] or {}).get("remark"):
+        note += f" {remark}"
     if timed:
         note += (
             f" Step, GPU: the optimizer alone on the shapes of {ON_GPU[0]}, in steps "

@@ -97,6 +97,7 @@ def task_notes(result: Result) -> list[str]:
             f"Seconds: trained once more in turns, alone, one thread, the fastest of "
             f"{clock['rounds']} rounds; load before {clock['load_at_start']:.1f}."
         )
+        notes += [clock["remark"]] if "remark" in clock else []
     ours = [e.record for e in found if e.record["builder"] in OURS]
     codes = {code for record in ours for code in record["code"]}
     if len(codes) > 1:
