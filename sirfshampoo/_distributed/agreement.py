@@ -68,7 +68,6 @@ class Ranks:
         self._group = group
         self._model = None if model is None else ref(model)
         self._partners: list[ProcessGroup | DeviceMesh] = []
-        self._astray: list[Any] = []  # shards that lie elsewhere than their mesh
         # where nobody named a group: what the parameters tell (None: all ranks),
         # whether they are to be compared for it, and whether they do not tell
         self._read: list[ProcessGroup] | None = None
@@ -108,13 +107,21 @@ class Ranks:
         Args:
             params: The parameters, each on all ranks of its mesh.
             owners: Between whom pre-conditioners are shared, if they are.
+
+        Raises:
+            ValueError: If shards lie elsewhere than their mesh: torch would move what
+                stands beside them in the state.
         """
         shards = [p for p in params if is_dtensor(p)]
-        self._astray = [
-            p
-            for p in shards
-            if p.device.type not in ("meta", p.device_mesh.device_type)
-        ]
+        for p in shards:
+            if p.device.type not in ("meta", p.device_mesh.device_type):
+                raise ValueError(
+                    "Argument 'params' must hold shards on the devices of their mesh, "
+                    f"{p.device_mesh.device_type}, got a parameter of shape "
+                    f"{tuple(p.shape)} with shards on {p.device.type}, as FSDP2's "
+                    "CPUOffloadPolicy leaves them. Use fully_shard without it, and "
+                    "shard_preconditioners=True to save memory."
+                )
         meshes: dict[Any, None] = {p.device_mesh: None for p in shards}
         self._partners = [*meshes, *([] if owners is None else [owners.group])]
         if self._group is None and is_initialized():
@@ -179,20 +186,11 @@ class Ranks:
             Whether each unit has gradients on all ranks, and the sum of the examples.
 
         Raises:
-            ValueError: If examples are counted, and it is not known on which ranks;
-                or if shards lie elsewhere than their mesh.
+            ValueError: If examples are counted, and it is not known on which ranks.
             RuntimeError: If ranks take different numbers of steps, as far as is known.
         """
         if count is not None:
             self._check(params)
-        for p in self._astray:
-            raise ValueError(
-                "Argument 'params' must hold shards on the devices of their mesh, "
-                f"{p.device_mesh.device_type}, got a parameter of shape "
-                f"{tuple(p.shape)} with shards on {p.device.type}, as FSDP2's "
-                "CPUOffloadPolicy leaves them. Use fully_shard without it, and "
-                "shard_preconditioners=True to save memory."
-            )
         data = self._data_groups()
         if count is None and not self._partners:
             data = []  # nobody depends on anybody
