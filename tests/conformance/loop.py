@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from .row import OURS, Contestant, Section
 from .training import (
     SIZE,
+    TOGETHER,
     Batch,
     batches,
     gradients,
@@ -342,7 +343,7 @@ def two_optimizers(make: Contestant) -> None:
         for optimizer in pair:
             optimizer.step()
         path.append(vector(model))
-    same(torch.stack(path), plain_path(make, data))
+    same(torch.stack(path), plain_path(make, data), TOGETHER)
 
 
 @row("The adversarial loop of DCGAN (`netD.zero_grad()`)")

@@ -15,6 +15,7 @@ from sirfshampoo import LinearWeightBias, PerParameter
 from .row import OURS, Contestant, Section
 from .training import (
     SIZE,
+    TOGETHER,
     batches,
     gradients,
     loss_of,
@@ -174,8 +175,8 @@ def group_options(make: Contestant) -> None:
         optimizer = make(model, [first, {**second, option: value}], batch_size=SIZE)
         found = train_by_hand(optimizer, list(model.parameters()), range(6))
         cut = vector(model[0]).numel()
-        same(found[:, :cut], paths[0][:, :cut])
-        same(found[:, cut:], paths[1][:, cut:])
+        same(found[:, :cut], paths[0][:, :cut], TOGETHER)
+        same(found[:, cut:], paths[1][:, cut:], TOGETHER)
         differs = not torch.equal(paths[0], paths[1])
         assert differs or option in ("amsgrad", "foreach"), f"{option} has no effect."
 
@@ -387,7 +388,7 @@ def added_later(make: Contestant) -> None:
     twin = new_model()
     params = list(twin[2].parameters())
     fresh = make(twin, params, batch_size=SIZE)
-    same(found, train_by_hand(fresh, params, range(3)))
+    same(found, train_by_hand(fresh, params, range(3)), TOGETHER)
     assert not torch.equal(vector(model[0]), before)  # still trained
     with refused(ValueError):
         optimizer.add_param_group(second)
