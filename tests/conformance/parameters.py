@@ -175,8 +175,9 @@ def group_options(make: Contestant) -> None:
         optimizer = make(model, [first, {**second, option: value}], batch_size=SIZE)
         found = train_by_hand(optimizer, list(model.parameters()), range(6))
         cut = vector(model[0]).numel()
+        in_half = option == "preconditioner_dtypes"
         same(found[:, :cut], paths[0][:, :cut], TOGETHER)
-        same(found[:, cut:], paths[1][:, cut:], TOGETHER)
+        same(found[:, cut:], paths[1][:, cut:], 1e-2 if in_half else TOGETHER)
         differs = not torch.equal(paths[0], paths[1])
         assert differs or option in ("amsgrad", "foreach"), f"{option} has no effect."
 
