@@ -58,13 +58,19 @@ class BlockDiagonalMatrix(StructuredMatrix):
 
         Without those of size 0.
         """
-        return tuple(
-            [
-                DenseMatrix(t.view(-1, *t.shape[-2:]))
-                for t in self.tensors()
-                if t.numel()
-            ]
-        )
+        found = [t.view(-1, *t.shape[-2:]) for t in self.tensors() if t.numel()]
+        return tuple(map(DenseMatrix, found))
+
+    def _matched(
+        self, other: Self, alpha: float | Tensor
+    ) -> Iterator[tuple[DenseMatrix, DenseMatrix, float | Tensor]]:
+        """Yield the parts of both, with one value a part of one a matrix."""
+        for K, L in zip(self._parts(), other._parts(), strict=True):
+            if isinstance(alpha, Tensor):
+                repeats = len(K.mat) // alpha.numel()
+                yield K, L, alpha.flatten().repeat_interleave(repeats)
+            else:
+                yield K, L, alpha
 
     def matmul(self, other: Self, *, scale: float = 1.0) -> Self:
         pairs = zip(self.tensors(), other.tensors(), strict=True)
@@ -132,15 +138,15 @@ class BlockDiagonalMatrix(StructuredMatrix):
     def add_product_(
         self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
     ) -> Self:
-        for K, L in zip(self._parts(), other._parts(), strict=True):
-            K.add_product_(L, _of_blocks(alpha, len(K.mat)))
+        for K, L, a in self._matched(other, alpha):
+            K.add_product_(L, a)
         return self
 
     def transform_(
         self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
     ) -> Self:
-        for K, L in zip(self._parts(), other._parts(), strict=True):
-            K.transform_(L, _of_blocks(alpha, len(K.mat)))
+        for K, L, a in self._matched(other, alpha):
+            K.transform_(L, a)
         return self
 
     def symmetrize_(self) -> Self:
@@ -176,13 +182,6 @@ class BlockDiagonalMatrix(StructuredMatrix):
             K[..., start:stop, start:stop] = self.blocks[..., i, :, :]
         K[..., full:, full:] = self.last
         return K
-
-
-def _of_blocks(alpha: float | Tensor, number: int) -> float | Tensor:
-    """Return one value a block, of one value a matrix."""
-    if isinstance(alpha, Tensor):
-        return alpha.flatten().repeat_interleave(number // alpha.numel())
-    return alpha
 
 
 @cache

@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from .row import OURS, Contestant, Section
 from .training import (
     SIZE,
-    TOGETHER,
     Batch,
     batches,
     gradients,
@@ -343,7 +342,7 @@ def two_optimizers(make: Contestant) -> None:
         for optimizer in pair:
             optimizer.step()
         path.append(vector(model))
-    same(torch.stack(path), plain_path(make, data), TOGETHER)
+    same(torch.stack(path), plain_path(make, data), make.rounding)
 
 
 @row("The adversarial loop of DCGAN (`netD.zero_grad()`)")

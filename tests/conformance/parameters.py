@@ -15,7 +15,6 @@ from sirfshampoo import LinearWeightBias, PerParameter
 from .row import OURS, Contestant, Section
 from .training import (
     SIZE,
-    TOGETHER,
     batches,
     gradients,
     loss_of,
@@ -176,8 +175,8 @@ def group_options(make: Contestant) -> None:
         found = train_by_hand(optimizer, list(model.parameters()), range(6))
         cut = vector(model[0]).numel()
         in_half = option == "preconditioner_dtypes"
-        same(found[:, :cut], paths[0][:, :cut], TOGETHER)
-        same(found[:, cut:], paths[1][:, cut:], 1e-2 if in_half else TOGETHER)
+        same(found[:, :cut], paths[0][:, :cut], make.rounding)
+        same(found[:, cut:], paths[1][:, cut:], 5e-3 if in_half else make.rounding)
         differs = not torch.equal(paths[0], paths[1])
         assert differs or option in ("amsgrad", "foreach"), f"{option} has no effect."
 
@@ -389,7 +388,7 @@ def added_later(make: Contestant) -> None:
     twin = new_model()
     params = list(twin[2].parameters())
     fresh = make(twin, params, batch_size=SIZE)
-    same(found, train_by_hand(fresh, params, range(3)), TOGETHER)
+    same(found, train_by_hand(fresh, params, range(3)), make.rounding)
     assert not torch.equal(vector(model[0]), before)  # still trained
     with refused(ValueError):
         optimizer.add_param_group(second)

@@ -23,11 +23,14 @@ class Contestant:
         name: The column of the table.
         cls: The class of the optimizer.
         settings: Options that make parameters visibly move within a few steps.
+        rounding: How far parameters that are trained with others may be from those
+            trained alone: where many are treated at once, sums have another order.
     """
 
     name: str
     cls: type[Optimizer]
     settings: dict[str, Any]
+    rounding: float = 0.0
 
     def __call__(self, model: Any, params: Any = None, **options: Any) -> Any:
         """Build the optimizer.
@@ -46,7 +49,9 @@ class Contestant:
         return self.cls(params, **options)
 
 
-OURS = Contestant("SIRFShampoo", SIRFShampoo, {"lr": 0.05, "beta2": 0.2, "lam": 0.01})
+OURS = Contestant(
+    "SIRFShampoo", SIRFShampoo, {"lr": 0.05, "beta2": 0.2, "lam": 0.01}, rounding=1e-5
+)
 # weight decay would move parameters that have no gradient, and ours has none
 ORACLE = Contestant("AdamW", AdamW, {"lr": 0.05, "weight_decay": 0.0})
 CONTESTANTS = (OURS, ORACLE)

@@ -16,9 +16,6 @@ Batch = tuple[Tensor, Tensor]
 SIZE = 6
 #: The size of a batch that must not count: far enough off to show in every number.
 STRAY = 50
-#: How far parameters that are trained with others are from those trained alone: an
-#: optimizer may round otherwise where it treats many at once.
-TOGETHER = 1e-5
 
 
 def new_model() -> nn.Sequential:
