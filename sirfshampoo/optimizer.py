@@ -155,9 +155,9 @@ class SIRFShampoo(UnitOptimizer):
                 ``'hierarchical15_15'``, ``'triltoeplitz'``, ``'triutoeplitz'``, those
                 with other sizes, such as ``'block64diagonal'`` and
                 ``'hierarchical8_8'``, and ``'dense1024'``: ``'dense'`` for axes up to
-                1024 that are at most twice as long as the tensor's others together,
-                ``'block128diagonal'`` for longer ones, and ``'diagonal'`` from 16 times
-                1024 on.
+                128, or up to 1024 and at most twice as long as the tensor's others
+                together, ``'block128diagonal'`` for longer ones, and ``'diagonal'``
+                from 16 times 1024 on.
             preconditioner_dtypes: The data type of the Kronecker factors, in the same
                 format: float16, bfloat16, float32, float64, or None for the type of
                 the parameter.

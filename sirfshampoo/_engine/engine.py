@@ -252,7 +252,7 @@ class Engine:
     def look_for_gradients(
         self, counted: int | None = None
     ) -> tuple[list[tuple[bool, ...]], int]:
-        """Return what `agree` does, and no more. All ranks must ask."""
+        """Return what `agree` does, without its checks and its warning."""
         params = [p for unit in self.units for p in unit.params]
         flags = [p.grad is not None for p in params]
         everywhere, total = self.ranks.agree(flags, counted, params)
