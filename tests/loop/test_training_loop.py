@@ -285,15 +285,18 @@ def test_learning_rate_set_by_hand_or_zero_counts_at_once() -> None:
     assert not torch.equal(net[0].weight, before[0])
 
 
-def test_constructing_for_2400_parameters_is_fast() -> None:
-    net = nn.ModuleList(nn.Linear(8, 8) for _ in range(1200))
-    times = []
+def test_constructing_for_2400_parameters_costs_little_more_than_their_model() -> None:
+    building, constructing = [], []
     for _ in range(5):
         start = perf_counter()
+        net = nn.ModuleList(nn.Linear(8, 8) for _ in range(1200))
+        built = perf_counter()
         optimizer = SIRFShampoo(net)
-        times.append(perf_counter() - start)
+        constructing.append(perf_counter() - built)
+        building.append(built - start)
         del optimizer
-    assert min(times) < 0.5
+    # about twice as long; in seconds, a machine that others use has no limit
+    assert min(constructing) < 6 * min(building), (constructing, building)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

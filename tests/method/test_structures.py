@@ -575,7 +575,7 @@ def test_the_measurement_of_temporaries_sees_a_dense_matrix(
 
 
 @pytest.mark.parametrize("name", ["triltoeplitz", "triutoeplitz"])
-def test_toeplitz_products_of_6000_rows_take_milliseconds(name: str) -> None:
+def test_toeplitz_products_of_6000_rows_take_no_second(name: str) -> None:
     K, X = random_matrix(name, 6000, dtype=torch.float32), torch.randn(6000, 1)
     for operation, run in operations(K, X).items():
         times = []
@@ -584,4 +584,4 @@ def test_toeplitz_products_of_6000_rows_take_milliseconds(name: str) -> None:
             run()
             times.append(perf_counter() - start)
         # one product of dense matrices of that size takes seconds
-        assert min(times) < 0.02, (operation, times)
+        assert min(times) < 0.2, (operation, times)
