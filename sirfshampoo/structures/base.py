@@ -328,12 +328,14 @@ class StructuredMatrix(ABC):
         # K / √d stays in the range of half precision, and its square in that of others
         root = d**0.5
         v = self.column(diagonal.abs().argmax(-1)).to(dtype) / root
+        norm = torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_(min=tiny)
         for multiply in (self.rmatmat, self.matmat, self.rmatmat):
             # each time, since products of several leave any range when gradients jump
-            v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_(min=tiny)
-            v = multiply(v.to(self.dtype), scale=1 / root).to(dtype)
-        estimate: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1))
-        return estimate.mul_(root)
+            v = multiply((v / norm).to(self.dtype), scale=1 / root).to(dtype)
+            # they only grow: one that has left the range tells, v is 0 from there on
+            norm = norm.fmax(torch.linalg.vector_norm(v, dim=-2, keepdim=True))
+        estimate: Tensor = norm[..., 0, 0] * root
+        return estimate
 
     def column(self, index: Tensor) -> Tensor:
         """Return a column of each matrix, ``[*batch, d, 1]``, by its index."""

@@ -274,6 +274,25 @@ def test_factors_stay_symmetric_and_positive_definite(
             assert torch.linalg.eigvalsh(mat).min() > 0
 
 
+@pytest.mark.parametrize("jump", [1e10, 1e12, 1e15])
+@pytest.mark.parametrize("clamp", ["spectral", "frobenius"])
+def test_factors_outlive_one_gradient_whose_square_is_beyond_all_others(
+    clamp: str, jump: float
+) -> None:
+    model = nn.Linear(48, 40, bias=False)
+    arguments = recipe(model, batch_size=8) | {"clamp": clamp, "T": 1}
+    optimizer = SIRFShampoo(model, **{**arguments, "batch_size": 8})
+    for step in range(20):
+        set_gradients(model, step)
+        assert model.weight.grad is not None
+        if step == 5:
+            model.weight.grad *= jump
+        optimizer.step()
+    assert int(optimizer.state[model.weight]["skipped"]) == 0
+    for K in optimizer.preconditioner[0]:
+        assert K.to_dense().isfinite().all()
+
+
 @pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical15_15"])
 def test_factors_that_cannot_be_symmetric_are_refused(structure: str) -> None:
     model = nn.Linear(4, 3, bias=False)

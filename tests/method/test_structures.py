@@ -431,6 +431,17 @@ def test_the_spectral_norm_grows_with_the_matrix(
 
 
 @each_structure
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_spectral_norm_that_leaves_the_range_is_infinite_not_zero(
+    name: str, dtype: torch.dtype
+) -> None:
+    K = random_matrix(name, 12, (3,)).map(lambda t: (t * 1e30).to(dtype))
+    spectral = torch.linalg.matrix_norm(dense(K), 2)
+    found = K.spectral_norm()
+    assert bool((found > 0.3 * spectral).all())
+
+
+@each_structure
 @each_dim
 def test_the_spectral_norm_of_what_factors_learn_is_hardly_missed(
     name: str, d: int
