@@ -149,7 +149,9 @@ def update_factors(
         left the factors and momenta of a row as they were; None if there is none.
     """
     dims = G.shape[1:]
-    A = _whitened(K, G, batch_size)
+    A, share = _whitened(K, G, batch_size)
+    if share is not None and isinstance(lam, Tensor):  # in units of the gradient's
+        lam = lam * share
     damping = _damping(K, lam)
 
     # s_n = ½ [Π_n(H_n) + lam · ∏_{k≠n} (‖K_k‖_F² / d_k) · Π_n(K_nᵀ K_n) − I]
@@ -198,18 +200,25 @@ def _damping(
     return each(torch.stack(of_others).mul_(lam / 2))
 
 
-def _whitened(K: Sequence[StructuredMatrix], G: Tensor, batch_size: int) -> Tensor:
+def _whitened(
+    K: Sequence[StructuredMatrix], G: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor | None]:
     """Return A = √B · G ×_1 K_1ᵀ ×_2 … ×_N K_Nᵀ, divided by √D.
 
     K_n/√d_n stands in place of K_n so that half precision stays in range; the missing
     factors return as averages.
+
+    Returns:
+        A, and what share of its squares is left where it saturates, ``[rows]``; None:
+        all.
     """
     scales = [sqrt(1 / d) for d in G.shape[1:]]
     if not any(K_n.dtype == torch.float16 for K_n in K):
         scales[0] *= sqrt(batch_size)
-        return along_axes(
+        whole = along_axes(
             G, lambda n, X: K[n].rmatmat(X.to(K[n].dtype), scale=scales[n])
         )
+        return whole, None
     # float16: gradients of any size; where s would leave its range, A saturates
     size = torch.full_like(magnitude(G), sqrt(batch_size))
 
@@ -221,4 +230,5 @@ def _whitened(K: Sequence[StructuredMatrix], G: Tensor, batch_size: int) -> Tens
 
     A = along_axes(G, multiply)
     limit = sqrt(torch.finfo(torch.float16).max / G.shape[1:].numel()) / 2
-    return A * per_matrix((limit / magnitude(A)).minimum(size), A)
+    kept = (limit / magnitude(A)).minimum(size)
+    return A * per_matrix(kept, A), (kept / size).square()

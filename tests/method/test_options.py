@@ -293,6 +293,24 @@ def test_factors_outlive_one_gradient_whose_square_is_beyond_all_others(
         assert K.to_dense().isfinite().all()
 
 
+@pytest.mark.parametrize("jump", [1e5, 1e6, 1e12])
+def test_relative_damping_of_float16_factors_saturates_with_the_gradient(
+    jump: float,
+) -> None:
+    model = nn.Linear(48, 40, bias=False)
+    arguments = recipe(model, batch_size=8) | {"T": 1, "batch_size": 8}
+    optimizer = SIRFShampoo(model, **arguments, preconditioner_dtypes=torch.float16)
+    norms = []
+    for step in range(20):
+        set_gradients(model, step)
+        assert model.weight.grad is not None
+        model.weight.grad *= jump if step >= 5 else 1.0
+        optimizer.step()
+        norms.append(float(optimizer.preconditioner[0][0].norm()))
+    assert int(optimizer.state[model.weight]["skipped"]) == 0
+    assert norms[-1] < 0.1 * norms[4]
+
+
 @pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical15_15"])
 def test_factors_that_cannot_be_symmetric_are_refused(structure: str) -> None:
     model = nn.Linear(4, 3, bias=False)
