@@ -21,6 +21,10 @@ from sirfshampoo.structures.base import accumulation_dtype
 _SMALL = {"cpu": 1 << 15}
 _SMALL_ELSEWHERE = 1 << 20
 
+#: How many times as many numbers the factors in a batch have at most: what is copied
+#: should take little memory and, on a CPU, stay in the caches.
+_AT_ONCE = 8
+
 
 class Manner(NamedTuple):
     """How factors learn.
@@ -70,8 +74,17 @@ class Lesson(NamedTuple):
 
 def is_small(K: StructuredMatrix) -> bool:
     """Return whether factors learn faster together with those of other tensors."""
-    numbers = sum([t.numel() for t in K.tensors()])
-    return numbers <= _SMALL.get(K.device.type, _SMALL_ELSEWHERE)
+    return _numbers(K) <= _limit(K)
+
+
+def _numbers(K: StructuredMatrix) -> int:
+    """Return how many numbers factors have in all rows."""
+    return sum([t.numel() for t in K.tensors()])
+
+
+def _limit(K: StructuredMatrix) -> int:
+    """Return how many small factors have at most, where these lie."""
+    return _SMALL.get(K.device.type, _SMALL_ELSEWHERE)
 
 
 def learn(lesson: Lesson) -> None:
@@ -105,14 +118,26 @@ def learn_together(lessons: Iterable[Lesson]) -> None:
         for lesson in lessons:
             learn(lesson)
         return
-    alike: dict[Any, list[Lesson]] = {}
-    for lesson in lessons:
-        alike.setdefault(lesson.kind, []).append(lesson)
-    for first, *others in alike.values():
+    for first, *others in _batches(lessons):
         if others:
             _learn_at_once([first, *others])
         else:
             learn(first)
+
+
+def _batches(lessons: Iterable[Lesson]) -> list[list[Lesson]]:
+    """Return lessons of one kind together, as many as there is room for."""
+    found: list[list[Lesson]] = []
+    open_ones: dict[Any, tuple[list[Lesson], int]] = {}
+    for lesson in lessons:
+        kind, size = lesson.kind, _numbers(lesson.K)
+        batch, numbers = open_ones.get(kind, ([], 0))
+        if not batch or numbers + size > _AT_ONCE * _limit(lesson.K):
+            batch, numbers = [], 0
+            found.append(batch)
+        batch.append(lesson)
+        open_ones[kind] = batch, numbers + size
+    return found
 
 
 def _learn_at_once(lessons: Sequence[Lesson]) -> None:

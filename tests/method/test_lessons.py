@@ -115,3 +115,18 @@ def test_factors_of_one_kind_take_one_call(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(lessons, "learn", count)
     learn_together(draw("dense", Manner(1, 0.3, 0.5, "spectral"), torch.float32, False))
     assert taken == [sum(ROWS), sum(ROWS)]
+
+
+def test_copies_of_factors_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def count(lesson: Lesson) -> None:
+        taken.append(lesson.K.batch_shape.numel())
+
+    monkeypatch.setattr(lessons, "learn", count)
+    monkeypatch.setitem(lessons._SMALL, "cpu", 16 * 16)
+    monkeypatch.setattr(lessons, "_AT_ONCE", 4)
+    manner = Manner(1, 0.3, 0.5, "spectral")
+    found = draw("dense", manner, torch.float32, False)
+    learn_together([lesson for lesson in found if lesson.K.dim == 16] * 2)
+    assert taken == [sum(ROWS[:2]), sum(ROWS[2:]) + ROWS[0], sum(ROWS[1:2]), ROWS[2]]
