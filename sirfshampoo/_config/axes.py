@@ -11,15 +11,21 @@ import torch
 
 from sirfshampoo.structures import structure_class
 
-#: 'dense1024' is 'dense' for axes up to 1024, but for those of more than so many times
-#: the length of the others together, where a factor would cost more than the tensor is
-#: worth; these have dense blocks, and axes of so many times 1024 are 'diagonal': there,
-#: neighbours are strangers, such as the words of a vocabulary.
+#: 'dense1024', of an axis of length d: 'dense' if d ≤ 128, or if d ≤ 1024 and d ≤ 2 ×
+#: the length of the tensor's other axes together; 'diagonal' if d ≥ 16 × 1024; else
+#: dense blocks of 128.
 _LIMITED = re.compile("dense([1-9][0-9]*)")
-_LONG, _STRANGERS = 2, 16
 
-#: The length of blocks, and of axes that are dense in any case: calls cost more there.
+#: The length of blocks. Shorter axes cost calls, not operations, whatever they have.
 _BLOCK = 128
+
+#: Axes of more than so many times the others together: there a factor costs more than
+#: all else, and one gradient fills few of its directions.
+_LONG = 2
+
+#: Axes of so many times the longest dense one: neighbours there are strangers to each
+#: other, such as the words of a vocabulary.
+_STRANGERS = 16
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

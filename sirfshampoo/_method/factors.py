@@ -142,7 +142,8 @@ def update_factors(
         learns: A mask ``[rows]``; where it is False, a row's factors and momenta stay
             as they are. None: all rows learn.
         workspace: Memory for what is needed within the call.
-        lessons: Gets what small factors have yet to learn, by `learn_together`.
+        lessons: Gets what small factors have yet to learn; the caller hands it to
+            `learn_together`.
 
     Returns:
         A mask ``[rows]`` that is False where a non-finite gradient, or an overflow,

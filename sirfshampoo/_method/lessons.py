@@ -16,8 +16,8 @@ from sirfshampoo._method.rows import LARGEST_FLOAT16, each
 from sirfshampoo.structures import StructuredMatrix
 from sirfshampoo.structures.base import accumulation_dtype
 
-#: Up to how many numbers in all rows factors are small. On a CPU, copies into a batch
-#: and back cost more beyond; elsewhere, where calls cost more, it is a guess.
+#: Factors of at most so many numbers, all rows together, are small. On a CPU, copies
+#: into a batch and back cost more beyond; elsewhere, where calls cost more, a guess.
 _SMALL = {"cpu": 1 << 15}
 _SMALL_ELSEWHERE = 1 << 20
 
@@ -52,8 +52,8 @@ class Lesson(NamedTuple):
         s: What m averages; overwritten.
         learns: A mask ``[rows]``; where it is False, K and m stay as they are. None:
             all rows learn.
-        scratch: Memory for what is needed on the way, of K's kind; where there are
-            momenta, s is taken. None: there is none.
+        scratch: Memory for what is needed on the way, of K's kind; not asked for where
+            there are momenta, since s is free then. None: there is none.
         manner: How they learn.
     """
 
@@ -95,17 +95,22 @@ def learn(lesson: Lesson) -> None:
     if learns is not None:
         s.clear_(~learns)
         weight = learns.to(accumulation_dtype(s.dtype)) * weight
-    m, scratch = (s, scratch) if m is None else (m.lerp_(s, weight), s)
+    if m is None:
+        m = s
+    else:
+        m.lerp_(s, weight)
+        scratch = s
+    # change = −½ times · beta2 / max(1, ‖m‖)
     size = m.spectral_norm() if clamp == "spectral" else m.norm()
     rate = size.clamp_(min=1.0).reciprocal_()
     if learns is not None:
         rate *= learns
     (change,) = each(rate.mul_(-beta2 * times / 2).unsqueeze(0))
     if times == 2:
-        # K ← K − beta2 / max(1, ‖m‖_F) · K m
+        # K ← K + change · K m
         K.add_product_(m, change, scratch=scratch)
     else:
-        # K ← E K E with E = I − ½ beta2 / max(1, ‖m‖_F) · m
+        # K ← E K E with E = I + change · m
         K.transform_(m, change, scratch=scratch)
     if K.dtype == torch.float16:
         # without damping, K grows as long as gradients vanish

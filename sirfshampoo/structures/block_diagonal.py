@@ -64,7 +64,7 @@ class BlockDiagonalMatrix(StructuredMatrix):
     def _matched(
         self, other: Self, alpha: float | Tensor
     ) -> Iterator[tuple[DenseMatrix, DenseMatrix, float | Tensor]]:
-        """Yield the parts of both, with one value a part of one a matrix."""
+        """Yield the parts of both, with alpha repeated for all blocks of its matrix."""
         for K, L in zip(self._parts(), other._parts(), strict=True):
             if isinstance(alpha, Tensor):
                 repeats = len(K.mat) // alpha.numel()
