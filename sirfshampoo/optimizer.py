@@ -342,8 +342,9 @@ class SIRFShampoo(UnitOptimizer):
         moving = (unit for unit, has in zip(units, present, strict=True) if any(has))
         if any(unit.dims.numel() for unit in moving):
             batch_size = self._batch_size.read(counted)
-        if any(True in present[i] for i in self._engine.at_rest):
-            self._allocate()  # some were frozen
+        woken = [i for i in self._engine.at_rest if True in present[i]]
+        if woken:  # they were frozen
+            self._allocate(woken)
         if self.debug:
             warn_of_non_finite_gradients(units, self._unit_names())
         self._adopt()

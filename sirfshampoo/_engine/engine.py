@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -142,15 +142,19 @@ class Engine:
     @torch.inference_mode(mode=False)  # a state is loaded there, too
     @torch.no_grad()
     def restack(
-        self, groups: Sequence[Group], state: dict[Tensor, State], step: int
+        self,
+        groups: Sequence[Group],
+        state: dict[Tensor, State],
+        step: int,
+        woken: Container[int] = (),
     ) -> list[Stack]:
-        """Build the stacks from the state."""
+        """Build the stacks from the state; see `Unit.is_wanted` for `woken`."""
         self.ranks.depend(
             (p for unit in self.units for p in unit.params),
             None if self.owners is None else self.owners.exchange,
         )
         self._stacks = []
-        wanted = {unit.group: unit for unit in self.units if unit.is_wanted(state)}
+        wanted = {u.group: u for u in self.units if u.is_wanted(state, woken)}
         self.at_rest = [u.group for u in self.units if u.group not in wanted]
         if self._allocates:
             phases = self.phases(groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -150,17 +150,20 @@ class UnitOptimizer(Optimizer):
         if self._is_set_up:
             self._restack()
 
-    def _allocate(self) -> None:
+    def _allocate(self, woken: Container[int] = ()) -> None:
         """Take memory for the state of all units that need some."""
-        self._check_memory(self._engine.units, self.param_groups)
-        self._restack()
+        self._check_memory(self._engine.units, self.param_groups, woken)
+        self._restack(woken)
 
     def _check_memory(
-        self, units: Sequence[Unit], groups: Sequence[Mapping[str, Any]]
+        self,
+        units: Sequence[Unit],
+        groups: Sequence[Mapping[str, Any]],
+        woken: Container[int] = (),
     ) -> None:
         """Check that there is memory for what units need; raise `MemoryError`."""
         if self._ALLOCATES:
-            wanted = [unit for unit in units if unit.is_wanted(self.state)]
+            wanted = [u for u in units if u.is_wanted(self.state, woken)]
             self._MEMORY_CHECK(
                 wanted,
                 groups,
@@ -168,9 +171,10 @@ class UnitOptimizer(Optimizer):
                 holds=self._engine.holds,
             )
 
-    def _restack(self) -> list[Stack]:
+    def _restack(self, woken: Container[int] = ()) -> list[Stack]:
         """Build the stacks from the state."""
-        return self._engine.restack(self.param_groups, self.state, self.global_step)
+        groups, step = self.param_groups, self.global_step
+        return self._engine.restack(groups, self.state, step, woken)
 
     def _stacks(self) -> list[Stack]:
         """Return the stacks, rebuilt if the state or a momentum asks for it."""

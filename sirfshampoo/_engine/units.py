@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -104,11 +104,18 @@ class Unit:
                     "embedding layers with sparse=False."
                 )
 
-    def is_wanted(self, state: Mapping[Tensor, Any]) -> bool:
-        """Return whether the unit needs state: it trains, or has state already."""
-        first = self.params[0]
-        trains = any(p.requires_grad or p.grad is not None for p in self.params)
-        return trains or any(map(is_own, state.get(first, ())))
+    def is_wanted(
+        self, state: Mapping[Tensor, Any], woken: Container[int] = ()
+    ) -> bool:
+        """Return whether the unit needs state: it trains, or has state already.
+
+        Args:
+            state: The optimizer's state.
+            woken: The numbers of frozen units that have gradients all the same. Who
+                asks knows it of all ranks, which have to answer alike.
+        """
+        trains = any(p.requires_grad for p in self.params) or self.group in woken
+        return trains or any(map(is_own, state.get(self.params[0], ())))
 
 
 @torch.no_grad()

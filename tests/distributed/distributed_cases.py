@@ -532,6 +532,38 @@ def missing_on_one_rank(way: str, owned: bool = False) -> None:
     assert optimizer.global_step == 3
 
 
+def stray_gradient_of_what_is_frozen(way: str, owned: bool) -> None:
+    """One rank has a gradient of what is frozen: no rank trains it, nor waits for it.
+
+    Once all have one, all do.
+    """
+    model = make_model()
+    for p in (model.norm.weight, model.equal[0].weight):
+        p.requires_grad_(False)
+    model = wrapped(way, model)
+    optimizer = maker("dense")(model, shard_preconditioners=owned)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    before = [whole(p).clone() for p in frozen]
+
+    def stray(ranks: int) -> None:
+        for p in frozen if dist.get_rank() < ranks else ():
+            p.grad = torch.ones_like(p)
+
+    def rest() -> list[bool]:
+        pairs = zip(frozen, before, strict=True)
+        return [torch.equal(whole(p), q) for p, q in pairs]
+
+    for step in range(2):
+        together(model, optimizer, step + 1, step, before_step=partial(stray, 1))
+        stray(1)
+        optimizer.load_state_dict(optimizer.state_dict())  # builds stacks anew
+        assert not any(optimizer.state.get(p) for p in frozen)
+    assert rest() == [True, True]
+    together(model, optimizer, 3, 2, before_step=partial(stray, 2))
+    optimizer.state_dict()
+    assert rest() == [False, False]
+
+
 def own_training() -> None:
     """Each rank trains a model of its own on batches of its own."""
     rank = dist.get_rank()

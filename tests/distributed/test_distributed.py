@@ -107,6 +107,12 @@ def test_gradient_missing_on_one_rank(two: Ranks, way: str, owned: bool) -> None
 
 @WAYS
 @OWNED
+def test_stray_gradient_of_what_is_frozen(two: Ranks, way: str, owned: bool) -> None:
+    two.run(cases.stray_gradient_of_what_is_frozen, way=way, owned=owned)
+
+
+@WAYS
+@OWNED
 @pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
 def test_gradient_that_is_not_finite(
     two: Ranks, options: str, way: str, owned: bool
