@@ -44,9 +44,14 @@ class AsNccl(TorchDispatchMode):
     the CPU by mistake is seen on a CPU, too: what says no device is made on "meta".
     """
 
-    def __init__(self) -> None:
-        """Have seen nothing."""
+    def __init__(self, *, in_step: bool = True) -> None:
+        """Have seen nothing.
+
+        Args:
+            in_step: Whether objects are refused in groups of our own, too.
+        """
         super().__init__()
+        self._in_step = in_step
         self.seen: list[tuple[str, tuple[int, ...], str]] = []
         self._open: Counter[str] = Counter()
         self._work: list[AwaitedWork] = []
@@ -57,7 +62,8 @@ class AsNccl(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Look from now on."""
         for name in OBJECTS:
-            self._patches.enter_context(patch.object(dist, name, refused(name)))
+            send = self._without_objects(getattr(dist, name))
+            self._patches.enter_context(patch.object(dist, name, send))
         for name in ("all_to_all_single", "broadcast"):
             send = getattr(dist, name)
             self._patches.enter_context(patch.object(dist, name, self._watched(send)))
@@ -122,6 +128,17 @@ class AsNccl(TorchDispatchMode):
             return self._work[-1]
 
         return watched
+
+    def _without_objects(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a collective of objects that is refused where a device sends them."""
+
+        def sent(*args: Any, **kwargs: Any) -> Any:
+            is_ours = any(g is a for g in ours() for a in (*args, *kwargs.values()))
+            assert is_ours, f"{send.__name__}: objects wait for the device."
+            assert not self._in_step, f"{send.__name__} within a step."
+            return send(*args, **kwargs)
+
+        return sent
 
     # ------------------------------------------------------------------- on all ranks
 
@@ -197,12 +214,3 @@ def group_of(args: list[Any]) -> Any:
         ):
             return dist.distributed_c10d._resolve_process_group(arg)
     raise AssertionError(f"A collective without a group: {args}.")
-
-
-def refused(name: str) -> Callable[..., Any]:
-    """Return what stands in for a collective of objects."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError(f"{name} within a step: it waits for the device.")
-
-    return refuse

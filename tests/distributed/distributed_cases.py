@@ -620,6 +620,20 @@ def told_where_a_gradient_is_missing() -> None:
     assert all(other == of_rank[0] for other in of_rank)
 
 
+def beside_steps(options: str, way: str, owned: bool) -> None:
+    """What saves, loads and tells makes calls that NCCL takes, on all ranks alike."""
+    model = wrapped(way, make_model())
+    optimizer = maker(options)(model, shard_preconditioners=owned)
+    together(model, optimizer, steps=2)
+    checker = AsNccl(in_step=False)
+    with checker:
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.diagnostics()
+    checker.compare()
+    assert bool(checker.seen) == (owned or way == "fsdp")
+    together(model, optimizer, steps=4, start=2)
+
+
 def in_unequally_many_groups() -> None:
     """Ranks meet that are in more groups than others, by which torch names groups."""
     our_groups._TWINS.clear()  # others have met here before

@@ -23,6 +23,11 @@ def objects() -> None:
     dist.all_gather_object([None, None], "a")
 
 
+def objects_of_our_own() -> None:
+    """The same between CPUs, where each step would pickle."""
+    dist.all_gather_object([None, None], "a", groups.twin_of(dist.group.WORLD))
+
+
 def no_device() -> None:
     """A tensor that does not lie where the parameters do."""
     dist.broadcast(torch.ones(2), 0, async_op=True)
@@ -51,7 +56,8 @@ def reused() -> None:
 
 FAULTS = {
     a_type_that_nccl_lacks: "cannot send torch.int16",
-    objects: "within a step",
+    objects: "objects wait for the device",
+    objects_of_our_own: "within a step",
     no_device: "made on no device",
     a_view: "sends what is contiguous",
     never_awaited: "not awaited",

@@ -125,6 +125,15 @@ def test_diagnostics(two: Ranks, owned: bool) -> None:
     two.run(cases.told_by_diagnostics, owned=owned)
 
 
+@WAYS
+@OWNED
+@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
+def test_what_is_called_beside_steps(
+    two: Ranks, options: str, way: str, owned: bool
+) -> None:
+    two.run(cases.beside_steps, options=options, way=way, owned=owned)
+
+
 @pytest.mark.parametrize("layers", [4, 8])
 def test_memory_and_work_are_balanced(two: Ranks, four: Ranks, layers: int) -> None:
     for ranks in (two, four):
