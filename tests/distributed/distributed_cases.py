@@ -52,7 +52,6 @@ from sirfshampoo import (
     PerParameter,
     SIRFShampoo,
 )
-from sirfshampoo._distributed import Exchange
 from sirfshampoo._distributed import groups as our_groups
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import cost_of
@@ -620,20 +619,6 @@ def told_where_a_gradient_is_missing() -> None:
     assert all(other == of_rank[0] for other in of_rank)
 
 
-def beside_steps(options: str, way: str, owned: bool) -> None:
-    """What saves, loads and tells makes calls that NCCL takes, on all ranks alike."""
-    model = wrapped(way, make_model())
-    optimizer = maker(options)(model, shard_preconditioners=owned)
-    together(model, optimizer, steps=2)
-    checker = AsNccl(in_step=False)
-    with checker:
-        optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.diagnostics()
-    checker.compare()
-    assert bool(checker.seen) == (owned or way == "fsdp")
-    together(model, optimizer, steps=4, start=2)
-
-
 def in_unequally_many_groups() -> None:
     """Ranks meet that are in more groups than others, by which torch names groups."""
     our_groups._TWINS.clear()  # others have met here before
@@ -642,19 +627,6 @@ def in_unequally_many_groups() -> None:
     optimizer = maker("dense")(model)
     together(model, optimizer, steps=1)
     assert optimizer.global_step == 1
-
-
-def sent_elsewhere() -> None:
-    """What a group cannot send goes by one of our own."""
-    world = our_groups.groups_of(dist.group.WORLD)[0]
-    cpu = torch.device("cpu")
-    assert our_groups.serving(world, cpu) is world
-    mine = torch.full((3,), float(dist.get_rank()))
-    with patch.object(our_groups, "_devices_of", lambda _: ["cuda"]):
-        assert our_groups.serving(world, torch.device("cuda")) is world
-        assert our_groups.serving(world, cpu) is not world
-        Exchange(dist.group.WORLD).broadcast([(1, mine)])()
-    assert mine.tolist() == [1.0] * 3
 
 
 def offloaded() -> None:
@@ -983,35 +955,6 @@ def one_skips(way: str, owned: bool, pipe: Any) -> str:
             assert step == 2
             return str(error)
     return "Nothing."
-
-
-def without_anything_in_hand() -> None:
-    """A rank that neither sends nor gets takes part where the parameters are."""
-    mesh = init_device_mesh("cpu", (2,))
-    exchange = Exchange(mesh)
-    rows = 1 - dist.get_rank()  # the second rank has an empty shard
-    p = DTensor.from_local(
-        torch.empty(rows, 4, device="meta"),
-        mesh,
-        [Shard(0)],
-        shape=(1, 4),
-        stride=(4, 1),
-    )
-    seen: list[torch.device] = []
-
-    def take_note(*buffers: Any, **_: Any) -> None:
-        seen.extend(t.device for t in buffers if isinstance(t, Tensor))
-
-    exchange.check([("p", p)])
-    send = dist.all_to_all_single
-    dist.all_to_all_single = take_note
-    try:
-        exchange.to_owners([(0, p, p.to_local().unsqueeze(0))])
-        results = [torch.empty(1, 1, 4, device="meta")][dist.get_rank() :]
-        exchange.from_owners([(0, [p])], results)
-    finally:
-        dist.all_to_all_single = send
-    assert seen == [torch.device("meta")] * 4
 
 
 # --- the example ----------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from sirfshampoo._distributed import groups
+from tests.distributed import nccl_cases as cases
 from tests.distributed.as_nccl import AsNccl, can_all_end
 from tests.distributed.ranks import Ranks
-from tests.distributed.test_distributed import two  # noqa: F401 - a fixture
+from tests.distributed.test_distributed import OWNED, WAYS, two  # noqa: F401 - a fixture
 
 
 def a_type_that_nccl_lacks() -> None:
@@ -121,3 +122,32 @@ def test_what_the_device_lacks_is_not_told_of_other_ranks(
     told = pytest.raises(RuntimeError, match="awaited gradients")
     with told, groups.awaiting("gradients"):
         raise RuntimeError("timed out")
+
+
+@WAYS
+@OWNED
+@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
+def test_what_is_called_beside_steps(
+    two: Ranks,  # noqa: F811
+    options: str,
+    way: str,
+    owned: bool,
+) -> None:
+    two.run(cases.beside_steps, options=options, way=way, owned=owned)
+
+
+@WAYS
+@OWNED
+@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
+def test_no_step_waits_for_a_device(
+    two: Ranks,  # noqa: F811
+    options: str,
+    way: str,
+    owned: bool,
+) -> None:
+    two.run(cases.without_a_wait, options=options, way=way, owned=owned)
+
+
+@pytest.mark.parametrize("case", [cases.without_anything_in_hand, cases.sent_elsewhere])
+def test_case(two: Ranks, case: Callable[[], None]) -> None:  # noqa: F811
+    two.run(case)

@@ -125,15 +125,6 @@ def test_diagnostics(two: Ranks, owned: bool) -> None:
     two.run(cases.told_by_diagnostics, owned=owned)
 
 
-@WAYS
-@OWNED
-@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
-def test_what_is_called_beside_steps(
-    two: Ranks, options: str, way: str, owned: bool
-) -> None:
-    two.run(cases.beside_steps, options=options, way=way, owned=owned)
-
-
 @pytest.mark.parametrize("layers", [4, 8])
 def test_memory_and_work_are_balanced(two: Ranks, four: Ranks, layers: int) -> None:
     for ranks in (two, four):
@@ -215,7 +206,6 @@ def test_gradients_placed_otherwise(
         cases.pipeline,
         cases.own_training,
         cases.copies,
-        cases.without_anything_in_hand,
         cases.loaded_at_once,
         cases.zero_redundancy,
         cases.pickles_of_shared,
@@ -223,7 +213,6 @@ def test_gradients_placed_otherwise(
         cases.shards_that_cannot_be_owned,
         cases.told_where_a_gradient_is_missing,
         cases.in_unequally_many_groups,
-        cases.sent_elsewhere,
         cases.offloaded,
     ],
 )
