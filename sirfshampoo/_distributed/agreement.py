@@ -72,6 +72,7 @@ class Ranks:
         # whether they are to be compared for it, and whether they do not tell
         self._read: list[ProcessGroup] | None = None
         self._is_checked = self._is_unclear = False
+        self._is_heard = False  # whether what one rank tells is known to reach all
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Return this: a copy of an optimizer is on the same ranks."""
@@ -172,6 +173,30 @@ class Ranks:
                 "as an integer, that of all ranks."
             )
 
+    def _check_heard(self, groups: Sequence[ProcessGroup]) -> None:
+        """Check, once, that ranks which have to agree hear of the same ranks.
+
+        What they tell goes along one group after the other. On a grid, and where groups
+        hold each other, it reaches all.
+
+        Raises:
+            ValueError: If groups overlap otherwise.
+        """
+        if self._is_heard:
+            return
+        world = range(dist.get_world_size())
+        own = [int(rank == dist.get_rank()) for rank in world]
+        heard = reduced(own, groups, dist.ReduceOp.MAX)
+        heard += [-number for number in heard]
+        if reduced(heard, groups, dist.ReduceOp.MIN) != heard:
+            found = [dist.get_process_group_ranks(group) for group in groups]
+            raise ValueError(
+                "Arguments 'process_group' and 'shard_preconditioners' must name ranks "
+                "that form a grid, or of which one holds the other, together with the "
+                f"meshes of parameters, got {found}: these would not agree."
+            )
+        self._is_heard = True
+
     def agree(
         self, present: list[bool], count: int | None, params: Iterable[Tensor]
     ) -> tuple[list[bool], int]:
@@ -186,7 +211,8 @@ class Ranks:
             Whether each unit has gradients on all ranks, and the sum of the examples.
 
         Raises:
-            ValueError: If examples are counted, and it is not known on which ranks.
+            ValueError: If examples are counted, and it is not known on which ranks; or
+                if some ranks would not hear of all on which they depend.
             RuntimeError: If ranks take different numbers of steps, as far as is known.
         """
         if count is not None:
@@ -199,6 +225,7 @@ class Ranks:
             return present, count or 0
         refuse_join(None if self._model is None else self._model())
         with awaiting("batch size and missing gradients"):
+            self._check_heard([*data, *others])
             told = reduced([count or 0, *present], data, dist.ReduceOp.SUM)
             ranks = prod(dist.get_world_size(group) for group in data)
             everywhere = [number == ranks for number in told[1:]]

@@ -619,6 +619,30 @@ def told_where_a_gradient_is_missing() -> None:
     assert all(other == of_rank[0] for other in of_rank)
 
 
+def in_a_chain_of_groups() -> None:
+    """The first rank would never hear what the last one tells the second."""
+
+    def alone(times: int) -> list[Any]:
+        # torch names a group by how many a rank is in: those of one have to be equal
+        here = [dist.get_rank()]
+        return [
+            dist.new_group(here, use_local_synchronization=True) for _ in range(times)
+        ]
+
+    first, last = dist.new_group([0, 1]), dist.new_group([1, 2])
+    rank = dist.get_rank()
+    (single, *_) = alone((1, 0, 2)[rank]) or [None]
+    optimizer = SIRFShampoo(
+        make_model(),
+        process_group=(first, first, single)[rank],
+        shard_preconditioners=(single, last, last)[rank],
+        batch_size=1,
+    )
+    with pytest.raises(ValueError, match=r"form a grid.* would not agree"):
+        optimizer.step()
+    alone((1, 0, 0)[rank])
+
+
 def in_unequally_many_groups() -> None:
     """Ranks meet that are in more groups than others, by which torch names groups."""
     our_groups._TWINS.clear()  # others have met here before

@@ -228,6 +228,10 @@ def test_fsdp_on_four(four: Ranks, mesh: str, options: str, owned: bool) -> None
     four.run(cases.fsdp, mesh=mesh, options=options, owned=owned)
 
 
+def test_ranks_that_would_not_hear_of_all_are_refused(three: Ranks) -> None:
+    three.run(cases.in_a_chain_of_groups)
+
+
 def test_two_trainings_on_two_pairs_of_ranks(four: Ranks) -> None:
     four.run(cases.two_trainings)
 
