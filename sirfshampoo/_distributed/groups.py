@@ -191,7 +191,10 @@ def _timeout_of(group: ProcessGroup) -> Any:
 
 
 def _device_of(group: ProcessGroup) -> torch.device:
-    """Return where tensors must lie for a group; on the CPU if it can."""
+    """Return where tensors must lie for a group; on the CPU if it can.
+
+    Else on the current device, that of `torch.cuda.set_device`, as torch has it.
+    """
     devices = _devices_of(group)
     return torch.device("cpu" if "cpu" in devices else devices[0])
 
