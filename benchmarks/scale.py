@@ -7,9 +7,10 @@ machine that is assumed.
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from benchmarks.workloads import Shapes, gpt
 from sirfshampoo import recipe
 from sirfshampoo._engine.assignment import with_owners, work_of
 from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of
+from sirfshampoo._engine.relay import rounds
+from sirfshampoo._engine.stacks import stack_units
 from sirfshampoo._engine.units import Unit
 from sirfshampoo.summary import _Plan
 
@@ -58,6 +61,7 @@ class Costs:
         step: Operations of pre-conditioning, in every step.
         update: Operations of an update of all factors.
         received: Bytes from other ranks in a step.
+        buffers: Bytes that are on their way between owners and all others at once.
         work: Operations of a step on average.
     """
 
@@ -66,6 +70,7 @@ class Costs:
     step: int = 0
     update: int = 0
     received: int = 0
+    buffers: int = 0
     work: float = 0.0
 
 
@@ -145,7 +150,39 @@ def predict(
             for unit in units
             for p in unit.params
         )
+    if owned:
+        stacks = stack_units(units, groups, defaultdict(dict), step=0)
+        of_rounds = [
+            [(unit, p) for stack in stacks for unit in stack.units for p in unit.params]
+            for stacks in rounds(stacks)
+        ]
+        for rank, costs in enumerate(every):
+            sent = [
+                sum(_sent(unit, p, rank, ranks, sharded) for unit, p in of_round)
+                for of_round in of_rounds
+            ]
+            costs.buffers = _at_once(sent, ceil(gathered) if sharded else 0)
     return every
+
+
+def _sent(unit: Unit, p: Tensor, rank: int, ranks: int, sharded: bool) -> int:
+    """Return the bytes of a rank's buffers for a parameter, on its way once."""
+    numbers = p.numel() * (ranks > 1)  # whole, on every rank
+    if sharded:
+        numbers = p.numel() * (unit.owner == rank) + _shard(p, rank, ranks)
+    return numbers * p.element_size()
+
+
+def _at_once(sent: Sequence[int], gathered: int) -> int:
+    """Return the bytes that are on their way at once, of what each round sends.
+
+    These are the results of a round and of the one before, and what the next gathers.
+    """
+    padded = [0, 0, *sent, 0]
+    return max(
+        before + now + gathered * after
+        for before, now, after in zip(padded, padded[1:], padded[2:], strict=False)
+    )
 
 
 def _shard(p: Tensor, rank: int, ranks: int) -> int:

@@ -4,10 +4,11 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -1108,6 +1109,37 @@ class Traffic(TorchDispatchMode):
         return result
 
 
+class UnderWay:
+    """Counts the bytes of tensors that are sent or awaited, and keeps the most."""
+
+    most = now = 0
+
+    def __enter__(self) -> None:
+        """Count from now on."""
+        self._patches = ExitStack()
+        for name in ("all_to_all_single", "broadcast"):
+            send = partial(self._counted, getattr(dist, name))
+            self._patches.enter_context(patch.object(dist, name, send))
+
+    def __exit__(self, *_: Any) -> None:
+        """Count no more; all has arrived."""
+        self._patches.close()
+        assert self.now == 0
+
+    def _counted(self, send: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        work = send(*args, **kwargs)
+        number = sum(t.numel() * t.element_size() for t in tensors)
+        self.now += number
+        self.most = max(self.most, self.now)
+
+        def wait() -> None:
+            work.wait()
+            self.now -= number
+
+        return SimpleNamespace(wait=wait)
+
+
 def costs(
     way: str, owned: bool, workload: str = "odd", momentum_first: bool = False
 ) -> dict[str, list[int]]:
@@ -1140,8 +1172,9 @@ def costs(
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     received = []
+    under_way = UnderWay()
     for _ in range(2):
-        with Traffic() as traffic:
+        with Traffic() as traffic, under_way:
             optimizer.step()
         received.append(traffic.received)
     mapping = {torch.ops.aten.baddbmm_: in_place}
@@ -1157,6 +1190,7 @@ def costs(
         "state": [state, learning.state],
         "flops": [counter.get_total_flops(), flops],
         "received": [received[0], learning.received],
+        "buffers": [under_way.most, learning.buffers],
         "received without an update": [received[1], other.received],
     }
 
