@@ -105,6 +105,8 @@ def equals_one_process(way: str, settings: str, owned: bool) -> float:
     expected, start = deepcopy(model), deepcopy(model)
     twin = SIRFShampoo(expected, **options, process_group=False)
     model, own, averaged = parallel(model, way)
+    if settings == "recipe":  # it says the same of what is distributed by now
+        options = recipe(model, batch_size=EXAMPLES, steps=100)
     optimizer = SIRFShampoo(model, **options, shard_preconditioners=owned)
     checker = AsNccl()
     draw = torch.Generator().manual_seed(2)
