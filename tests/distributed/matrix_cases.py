@@ -90,7 +90,10 @@ def parallel(model: nn.Module, way: str) -> tuple[nn.Module, slice, int]:
 
 
 def equals_one_process(way: str, settings: str, owned: bool) -> float:
-    """Train together and alone; return the largest difference."""
+    """Train together and alone; return the largest difference.
+
+    In the middle, save and load.
+    """
     torch.manual_seed(1)
     model = Narrow().double()
     options: dict[str, Any] = {
@@ -108,9 +111,13 @@ def equals_one_process(way: str, settings: str, owned: bool) -> float:
     if settings == "recipe":  # it says the same of what is distributed by now
         options = recipe(model, batch_size=EXAMPLES, steps=100)
     optimizer = SIRFShampoo(model, **options, shard_preconditioners=owned)
-    checker = AsNccl()
+    checker, beside = AsNccl(), AsNccl(in_step=False)
     draw = torch.Generator().manual_seed(2)
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            with beside:
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.diagnostics()
         x = torch.randn(EXAMPLES, 12, 6, generator=draw, dtype=torch.float64)
         for net, made, part, weight in (
             (expected, twin, slice(None), 1),
@@ -123,6 +130,7 @@ def equals_one_process(way: str, settings: str, owned: bool) -> float:
                 made.step()
             assert made.batch_size == EXAMPLES
     checker.compare()
+    beside.compare()
     largest = 0.0
     for p, q, r in zip(
         *(net.parameters() for net in (model, expected, start)), strict=True

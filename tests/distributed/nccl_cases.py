@@ -15,30 +15,14 @@ from sirfshampoo._distributed import Exchange, agreement, groups, regions
 from sirfshampoo._engine import stacks
 from sirfshampoo._method import device
 from tests.conftest import NoLooking
-from tests.distributed.as_nccl import AsNccl
 from tests.distributed.distributed_cases import (
     batches,
     make_model,
     maker,
     mean_loss,
     share,
-    together,
     wrapped,
 )
-
-
-def beside_steps(options: str, way: str, owned: bool) -> None:
-    """What saves, loads and tells makes calls that NCCL takes, on all ranks alike."""
-    model = wrapped(way, make_model())
-    optimizer = maker(options)(model, shard_preconditioners=owned)
-    together(model, optimizer, steps=2)
-    checker = AsNccl(in_step=False)
-    with checker:
-        optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.diagnostics()
-    checker.compare()
-    assert bool(checker.seen) == (owned or way == "fsdp")
-    together(model, optimizer, steps=4, start=2)
 
 
 def without_a_wait(options: str, way: str, owned: bool) -> None:

@@ -127,18 +127,6 @@ def test_what_the_device_lacks_is_not_told_of_other_ranks(
 @WAYS
 @OWNED
 @pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
-def test_what_is_called_beside_steps(
-    two: Ranks,  # noqa: F811
-    options: str,
-    way: str,
-    owned: bool,
-) -> None:
-    two.run(cases.beside_steps, options=options, way=way, owned=owned)
-
-
-@WAYS
-@OWNED
-@pytest.mark.parametrize("options", ["joined, T=2", "momentum first"])
 def test_no_step_waits_for_a_device(
     two: Ranks,  # noqa: F811
     options: str,
