@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks import costs, front, networks, results, tables
 from benchmarks.environment import ROOT
@@ -15,65 +15,63 @@ from benchmarks.training import tables as training
 from benchmarks.training.tasks import HELD_OUT, MADE_ON, TASKS
 from benchmarks.workloads import WORKLOADS
 
-
-class Markdown(Protocol):
-    """What can be written into a text."""
-
-    def markdown(self) -> str:
-        """Return it in Markdown."""
-        ...
+Table = Callable[[Path, str | None], str]
+"""Draws a table, as Markdown, from the folder of results and a marker's second word."""
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], tables.Grid]] = {
-    "step": tables.step,
-    "targets": tables.targets,
-    "official": tables.official,
-    "work": tables.work,
-    "scaling": tables.scaling,
-    "machine": tables.machine,
-    "conformance": tables.conformance,
-    "soak": tables.soak,
-    "ranks": tables.ranks,
-    "scale": tables.scale,
-    "training": training.task,
-    "costs": costs.table,
-    "networks": networks.table,
-    "operations": costs.operations,
+def of_file(draw: Callable[[Any], Any], name: str = "gpt256") -> Table:
+    """Draw from one file; the second word names another."""
+    return lambda folder, other: draw(
+        results.load(folder / f"{other or name}.json")
+    ).markdown()
+
+
+def of_tasks(draw: Callable[[Any], Any], name: str = "train") -> Table:
+    """Draw from all training tasks but the held-out ones; the word names a folder."""
+    return lambda folder, other: draw(trained(folder / (other or name))).markdown()
+
+
+def of_whole(draw: Callable[[Path], Any]) -> Table:
+    """Draw from several files, which may not be there."""
+    return lambda folder, _: draw(folder).markdown()
+
+
+TABLES: dict[str, Table] = {
+    "step": of_file(tables.step),
+    "targets": of_file(tables.targets),
+    "official": of_file(tables.official),
+    "work": of_file(tables.work),
+    "machine": of_file(tables.machine),
+    "scaling": of_file(tables.scaling, "scaling"),
+    "conformance": of_file(tables.conformance, "conformance"),
+    "soak": of_file(tables.soak, "soak"),
+    "ranks": of_file(tables.ranks, "scale"),
+    "scale": of_file(tables.scale, "scale"),
+    "costs": of_file(costs.table, "costs"),
+    "operations": of_file(costs.operations, "costs"),
+    "networks": of_file(networks.table, "networks"),
+    "tasks": of_tasks(training.Sections),
+    "test_losses": of_tasks(training.all_tasks),
+    "training_losses": of_tasks(training.all_training),
+    "time_to_adamw": of_tasks(training.time_to_adamw),
+    "factors": of_tasks(training.factors),
+    "spaces": of_tasks(training.spaces),
+    "batch_sizes": of_tasks(training.batch_sizes, "batch"),
+    "train_held_out": of_whole(
+        lambda f: training.held_out(loaded(f / "train", HELD_OUT))
+    ),
+    "workloads": of_whole(lambda f: tables.workloads(loaded(f, WORKLOADS))),
+    "front": of_whole(lambda f: front.table(trained(f / "train"), f / "gpu")),
+    "gpu": lambda folder, _: visits.gpu_table(folder / "gpu"),
+    "gpu_details": lambda folder, _: visits.gpu_details(folder / "gpu"),
 }
-"""What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`.
-
-A second word names another result file: `<!-- table: step mlp100 -->`.
-"""
-
-OVERVIEWS: dict[str, Callable[[Sequence[dict[str, Any]]], Markdown]] = {
-    "tasks": training.Sections,
-    "test_losses": training.all_tasks,
-    "training_losses": training.all_training,
-    "time_to_adamw": training.time_to_adamw,
-    "factors": training.factors,
-    "spaces": training.spaces,
-    "batch_sizes": training.batch_sizes,
-}
-"""Tables of all training tasks but the held-out ones, which `train_held_out` has.
-
-A second word names another folder than `train`.
-"""
-
-VISITS: dict[str, Callable[[Path], str]] = {
-    "gpu": visits.gpu_table,
-    "gpu_details": visits.gpu_details,
-}
-"""What a visit to a GPU has found, or that there was none."""
-
-SPECIAL = ("front", "workloads", "train_held_out")
-"""Tables that are drawn from several files, which may not be there."""
+"""What may stand in a marker: `<!-- table: step -->` … `<!-- end -->`."""
 
 MARKER = re.compile(
     r"(?P<open><!-- table: (?P<table>\w+)(?: (?P<name>[\w./-]+))? -->\n)"
     r".*?(?P<close><!-- end -->)",
     re.DOTALL,
 )
-DEFAULT_NAME = "gpt256"
 TEXTS = tuple(
     ROOT / name
     for name in (
@@ -87,14 +85,6 @@ TEXTS = tuple(
         "docs/many_devices.md",
     )
 )
-OWN_NAMES = ("conformance", "costs", "networks", "scaling", "scale")
-"""Tables whose results stand in a file of their own name."""
-
-
-def result_name(match: re.Match[str]) -> str:
-    """Return the name of the result file that a marker asks for."""
-    own = match["table"] if match["table"] in OWN_NAMES else DEFAULT_NAME
-    return match["name"] or own
 
 
 def render(text: str, folder: Path) -> tuple[str, int]:
@@ -113,30 +103,13 @@ def render(text: str, folder: Path) -> tuple[str, int]:
     """
 
     def fill(match: re.Match[str]) -> str:
-        grid: Markdown
-        if match["table"] in VISITS:  # there may be none
-            told = VISITS[match["table"]](folder / "gpu")
-            return f"{match['open']}{told}\n{match['close']}"
-        if match["table"] == "front":
-            grid = front.table(trained(folder / "train"), folder / "gpu")
-        elif match["table"] == "workloads":
-            grid = tables.workloads(stepped(folder))
-        elif match["table"] == "train_held_out":  # there may be none
-            found = loaded(folder / (match["name"] or "train"), HELD_OUT)
-            grid = training.held_out(found)
-        elif match["table"] in OVERVIEWS:
-            kind = "batch" if match["table"] == "batch_sizes" else "train"
-            found = trained(folder / (match["name"] or kind))
-            grid = OVERVIEWS[match["table"]](found)
-        elif match["table"] in TABLES:
-            path = folder / f"{result_name(match)}.json"
-            grid = TABLES[match["table"]](results.load(path))
-        else:
+        if match["table"] not in TABLES:
             raise ValueError(
                 f"The text asks for table {match['table']!r}; "
-                f"there are {', '.join([*TABLES, *SPECIAL, *VISITS, *OVERVIEWS])}."
+                f"there are {', '.join(TABLES)}."
             )
-        return f"{match['open']}{grid.markdown()}\n{match['close']}"
+        told = TABLES[match["table"]](folder, match["name"])
+        return f"{match['open']}{told}\n{match['close']}"
 
     return MARKER.subn(fill, text)
 
@@ -158,53 +131,10 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     return sorted(resized, key=lambda r: (order[r["title"]], r["batch_size"]))
 
 
-def loaded(folder: Path, tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """Load the training results on some tasks, as far as they are there."""
-    paths = [folder / f"{task}.json" for task in tasks]
+def loaded(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Load the results on some tasks or workloads, as far as they are there."""
+    paths = [folder / f"{name}.json" for name in names]
     return [results.load(path) for path in paths if path.exists()]
-
-
-def stepped(folder: Path) -> list[dict[str, Any]]:
-    """Load the timed workloads of a folder, in the order of their list."""
-    paths = {name: folder / f"{name}.json" for name in WORKLOADS}
-    return [results.load(path) for path in paths.values() if path.exists()]
-
-
-def picture(result: dict[str, Any], path: Path) -> None:
-    """Draw the ratios to AdamW as horizontal bars, with quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    measured = [row for row in results.rows(result) if row.ms and not row.error]
-    ratios = [row.ratio() for row in measured]
-    names = [
-        ("official: " if row.package == "official" else "") + tables.configuration(row)
-        for row in measured
-    ]
-    colors = {"torch": "tab:gray", "ours": "tab:blue", "official": "tab:orange"}
-    middle = [r.median for r in ratios]
-    errors = [
-        [r.median - r.low for r in ratios],
-        [r.high - r.median for r in ratios],
-    ]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(names)))
-    bars = axes.barh(
-        names,
-        middle,
-        xerr=errors,
-        color=[colors.get(row.package, "tab:green") for row in measured],
-        error_kw={"elinewidth": 1, "capsize": 2},
-    )
-    axes.bar_label(bars, labels=[f"{m:.3g}" for m in middle], padding=4)
-    axes.set_xscale("log")
-    axes.set_xlim(0.7 * min(middle), 2 * max(middle))
-    axes.set_xlabel("time of one step, in AdamW(foreach=True) steps of the same round")
-    axes.set_title(f"{result['workload']}, {result['environment']['cpu']}")
-    axes.invert_yaxis()
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,18 +162,13 @@ def draw(folder: Path, *, missing: bool = False) -> Iterator[str]:
         folder: Where the result files are.
         missing: Whether to draw only what is not there.
     """
-    drawn: list[tuple[Path, Callable[[Any, Path], None], Path]] = [
-        (path, picture, path.with_suffix(".png"))
-        for path in sorted(folder.glob("*.json"))
-        if "contestants" in results.load(path)
+    drawn = [
+        (path, pictures.draw, path.with_suffix(".png"))
+        for path in sorted(folder.glob("train/*.json"))
     ]
     main_task = folder / "train" / f"{front.PICTURE_TASK}.json"
     if main_task.exists():
         drawn.append((main_task, front.picture, folder / "front.png"))
-    drawn += [
-        (path, pictures.draw, path.with_suffix(".png"))
-        for path in sorted(folder.glob("train/*.json"))
-    ]
     for source, how, target in drawn:
         if not (missing and target.exists()):
             how(results.load(source), target)
