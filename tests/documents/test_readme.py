@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import report, results
+from benchmarks.training.spaces import ON_HELD_OUT
+from benchmarks.training.summary import entries, lowest
+from benchmarks.training.tasks import HELD_OUT
 from sirfshampoo import SIRFShampoo
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +55,19 @@ def test_the_readme_has_one_picture_and_one_short_table() -> None:
     assert (ROOT / picture).exists()
     (table,) = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(table.splitlines()) - 2 <= 8
+
+
+def test_the_readme_counts_the_tasks_on_which_the_recipe_is_the_best() -> None:
+    numbers = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+    numbers += ["nine", "ten", "eleven", "twelve", "thirteen", "fourteen"]
+    found = report.loaded(results.RESULTS / "train", HELD_OUT)
+    best = []
+    for result in found:
+        means = {e.name: e.mean("test") for e in entries(result)}
+        best.append(lowest({who: means[who] for who in ON_HELD_OUT}))
+    told = "Of (\\w+) tasks that it was not made on, it is the best on (\\w+);"
+    (counts,) = re.findall(told, README.read_text("utf-8"))
+    assert counts == (numbers[len(found)], numbers[best.count("sirf-recipe")])
 
 
 @pytest.mark.parametrize("number", range(3))
