@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.gpu import machine, profile, shapes, step, trace, train
 from benchmarks.gpu.checks import agreement, graphs, state, waits
 from benchmarks.gpu.visit import Visit, surroundings
+from tests.benchmarks.test_gpu import needs_text
 
 TINY = {"4x2048": {"weight0": (8, 8), "weight1": (8, 8)}, "vectors": {"v": (4,)}}
 
@@ -104,7 +105,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of a profiler without a GPU
-@pytest.mark.parametrize("stage", [machine, step, train, profile])
+@pytest.mark.parametrize(
+    "stage", [machine, step, pytest.param(train, marks=needs_text), profile]
+)
 def test_a_stage_knows_the_names_of_cuda(
     stage: Any, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
