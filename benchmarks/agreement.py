@@ -1,12 +1,13 @@
 """Whether dense steps of both packages give the same numbers."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
-from benchmarks.process import Worker, WorkerError
+from benchmarks.contestants import ours
+from benchmarks.processes import WorkFailed
+from benchmarks.worker import Worker
 from benchmarks.workloads import Shapes
 
 STEPS = 10
@@ -28,21 +29,18 @@ def compare(workers: Mapping[str, Worker], shapes: Shapes, T: int) -> dict[str, 
         how far the factors went from identity; `"error"` if something failed or
         differs by more than `WITHIN`.
     """
-    request: dict[str, Any] = {"shapes": shapes, "steps": STEPS, "settings": SETTINGS}
-    request["spec"] = {"structures": "dense", "dtype": "float32", "T": T}
+    spec = ours("dense", T=T)
+    spec["settings"] |= SETTINGS
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, worker in workers.items():
-            path = f"{folder}/{name}.pt"
-            try:
-                worker.ask("follow", **request, path=path)
-            except WorkerError as error:
-                return {"T": T, "error": f"{name}: {error}"}
-            found[name] = torch.load(path)
-    ours, official = found["ours"], found["official"]
-    identity = [torch.eye(len(K)) for K in official["factors"]]
-    moves = difference(ours["moves"], official["moves"])
-    factors = difference(ours["factors"], official["factors"])
+    for name, worker in workers.items():
+        try:
+            found[name] = worker.call("follow", spec=spec, shapes=shapes, steps=STEPS)
+        except WorkFailed as error:
+            return {"T": T, "error": f"{name}: {error}"}
+    here, official = found["ours"], found["official"]
+    identity = [np.eye(len(K)) for K in official["factors"]]
+    moves = difference(here["moves"], official["moves"])
+    factors = difference(here["factors"], official["factors"])
     within = max(moves, factors) <= WITHIN
     return {
         "T": T,
@@ -55,10 +53,9 @@ def compare(workers: Mapping[str, Worker], shapes: Shapes, T: int) -> dict[str, 
     }
 
 
-def difference(ours: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
-    """Return the largest relative difference of two lists of tensors, in norm."""
-    norm = torch.linalg.vector_norm
+def difference(first: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
+    """Return the largest relative difference of two lists of arrays, in norm."""
     return max(
-        float(norm(a.double() - b.double()) / norm(b.double()))
-        for a, b in zip(ours, other, strict=True)
+        float(np.linalg.norm(a.astype(float) - b) / np.linalg.norm(b.astype(float)))
+        for a, b in zip(first, other, strict=True)
     )

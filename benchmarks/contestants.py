@@ -1,9 +1,12 @@
 """The optimizers that are timed beside each other, each described by plain data."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+BATCH_SIZE = 8
+LR = 1e-3
 
 MIXED: dict[str, str] = {"1": "diagonal", "2": "dense"}
 """Dense factors for matrices, diagonal ones for vectors (keys: number of axes)."""
@@ -14,23 +17,14 @@ class Contestant:
     """One optimizer with its settings.
 
     What is not named here has the optimizer's documented default. Parameters and
-    gradients are always float32; `dtype` is that of the Kronecker factors.
-
-    Attributes:
-        package: Who supplies it: `"torch"`, `"ours"`, `"official"`, or the name of
-            another package.
-        title: The configuration in words.
-        structures: As the argument of `SIRFShampoo`, with keys as strings. `None`
-            for another optimizer.
-        dtype: Name of the data type of the factors.
-        T: Steps from one update of the factors to the next.
+    gradients are always float32.
     """
 
-    package: str
-    title: str
-    structures: str | dict[str, str] | None = None
-    dtype: str = "float32"
-    T: int = 1
+    package: str  # "torch", "ours", "official", or the name of another package
+    title: str  # the configuration in words
+    structures: str | dict[str, str] | None = None  # None: another optimizer
+    dtype: str = "float32"  # of the factors
+    T: int = 1  # steps from one update of the factors to the next
 
     @property
     def has_period(self) -> bool:
@@ -46,15 +40,41 @@ class Contestant:
         return f"{label} T={self.T}" if self.has_period else label
 
     def spec(self) -> dict[str, Any]:
-        """Return what a worker needs to build the optimizer."""
+        """Return what a worker needs to build it: a builder and its settings."""
         if self.structures is not None:
-            optimizer = "SIRFShampoo"
-        elif self.package == "torch":
-            optimizer = self.title
-        else:
-            optimizer = f"{self.package} {self.title}"
-        spec: dict[str, Any] = {"optimizer": optimizer, "structures": self.structures}
-        return spec | {"dtype": self.dtype, "T": self.T}
+            return ours(self.structures, self.dtype, self.T)
+        return other(f"{self.package} {self.title}", self.T)
+
+
+def ours(structures: Any, dtype: str = "float32", T: int = 1) -> dict[str, Any]:
+    """Return what a worker needs to build a `SIRFShampoo`, of either package."""
+    settings = {"T": T, "batch_size": BATCH_SIZE, "structures": structures}
+    settings["preconditioner_dtypes"] = dtype
+    return {"builder": "sirfshampoo", "settings": settings}
+
+
+OTHERS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "torch AdamW(foreach=True)": ("adamw", lambda T: {"foreach": True}),
+    "torch AdamW(fused=True)": ("adamw", lambda T: {"fused": True}),
+    "torch Muon": ("muon", lambda T: {"adjust_lr_fn": "original", "foreach": True}),
+    "pytorch-optimizer SOAP": ("soap", lambda T: {"precondition_frequency": T}),
+    "pytorch-optimizer Shampoo": (
+        "shampoo",
+        lambda T: {"preconditioning_compute_steps": T},
+    ),
+    "heavyball SOAP": ("heavyball-soap", lambda T: {"precondition_frequency": T}),
+    "heavyball PSGD-Kron": (
+        "psgd-kron",
+        lambda T: {"preconditioner_update_probability": 1 / T},
+    ),
+}
+"""Builders of other optimizers, and their settings but the learning rate, by `T`."""
+
+
+def other(name: str, T: int = 1) -> dict[str, Any]:
+    """Return what a worker needs to build one of `OTHERS`."""
+    builder, settings = OTHERS[name]
+    return {"builder": builder, "settings": {"lr": LR, **settings(T)}}
 
 
 UNIT = Contestant("torch", "AdamW(foreach=True)")
@@ -133,13 +153,9 @@ def choose(
 ) -> list[Contestant]:
     """Return the contestants that the command line asks for.
 
-    Args:
-        only: A regular expression that their labels hold.
-        structures: Structures of this package to time in place of those that are
-            listed; `"mixed"` for dense matrices and diagonal vectors.
-        dtypes: Data types of the factors. If empty: those listed, or with
-            `structures` float32.
-        periods: Values of `T`. If empty: those listed, or with `structures` 1.
+    `only` is a regular expression that their labels hold. Structures, if there are any,
+    are those of this package to time in place of those that are listed; types and
+    periods are then float32 and 1, if none are given, and else those listed.
     """
     listed = CONTESTANTS
     if structures:

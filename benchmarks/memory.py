@@ -4,11 +4,10 @@ import ctypes
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-TRAVERSED = ("sirfshampoo", "singd", "benchmarks", "pytorch_optimizer", "heavyball")
+TRAVERSED = ("sirfshampoo", "singd", "pytorch_optimizer", "heavyball")
 """Packages whose objects are looked into for tensors."""
 
 _STATUS = Path("/proc/self/status")
@@ -55,34 +54,24 @@ def held_bytes(optimizer: object, model: nn.Module) -> int:
 class Peak:
     """Measures how far memory rises above where it was at the start.
 
-    On a GPU it asks torch's allocator. On a CPU it asks Linux for the resident memory
-    of the process, after what the C library holds back has been returned; elsewhere it
-    measures nothing.
+    It asks Linux for the resident memory of the process, after what the C library holds
+    back has been returned; elsewhere it measures nothing.
 
     Attributes:
         bytes: The rise; `None` if it cannot be measured here.
     """
 
-    def __init__(self, device: str) -> None:
-        """Say where the tensors are."""
+    def __init__(self) -> None:
         self.bytes: int | None = None
-        self._cuda = device != "cpu"
         self._start = 0
 
     def __enter__(self) -> "Peak":
-        """Forget earlier peaks."""
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-        elif _forget_resident_peak():
+        if _forget_resident_peak():
             self._start = _resident("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the peak since then."""
-        if self._cuda:
-            self.bytes = torch.cuda.max_memory_allocated() - self._start
-        elif self._start:
+        if self._start:
             self.bytes = max(0, _resident("VmHWM") - self._start)
 
 

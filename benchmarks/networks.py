@@ -12,18 +12,18 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from time import perf_counter
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks import environment, results, tables
-from benchmarks.training.builders import BUILDERS
+from benchmarks import environment, results, tables, worker
+from benchmarks.contestants import BATCH_SIZE
+from benchmarks.optimizers import build
 from benchmarks.training.tasks import TASKS
-from benchmarks.worker import BATCH_SIZE, gradients
+from benchmarks.worker import GRADIENT_SETS, gradients
 from sirfshampoo import recipe
 
 Settings = dict[str, Any] | Callable[[nn.Module], dict[str, Any]]
@@ -98,52 +98,34 @@ CONTESTANTS: Mapping[str, tuple[str, Settings]] = {
 """Builder and settings of each."""
 
 
-class Entry:
+class Entry(worker.Entry):
     """One contestant on one network."""
 
     def __init__(
         self, model: nn.Module, builder: str, settings: Settings, *, compiles: bool
     ) -> None:
-        """Build the optimizers, and draw gradients."""
-        self.model = deepcopy(model)
-        arguments = settings(self.model) if callable(settings) else dict(settings)
-        self.optimizers = BUILDERS[builder](self.model, arguments)
-        self._takes = [optimizer.step for optimizer in self.optimizers]
+        model = deepcopy(model)
+        arguments = settings(model) if callable(settings) else settings
+        pool = [gradients(model, seed) for seed in range(GRADIENT_SETS)]
+        super().__init__(model, build(builder, model, arguments), pool)
+        self.first: Any = self.optimizers[0]
         if compiles:
-            self._takes = [torch.compile(take) for take in self._takes]
-        self._pool = [gradients(self.model, seed) for seed in range(4)]
-        self._steps = 0
+            self.takes = [torch.compile(take) for take in self.takes]
 
     @property
     def has_early_steps(self) -> bool:
         """Whether steps at the start of a run cost more."""
-        return hasattr(self.optimizers[0], "global_step")
-
-    def step(self) -> float:
-        """Take a step; return the milliseconds."""
-        fresh: list[Tensor] = self._pool[self._steps % len(self._pool)]
-        for p, gradient in zip(self.model.parameters(), fresh, strict=True):
-            p.grad = gradient.clone()
-        self._steps += 1
-        start = perf_counter()
-        for take in self._takes:
-            take()
-        return 1e3 * (perf_counter() - start)
-
-    def go_to(self, step: int) -> None:
-        """Count steps from there on."""
-        optimizer: Any = self.optimizers[0]
-        optimizer.global_step = step
+        return hasattr(self.first, "global_step")
 
     def late(self, periods: int = PERIODS) -> list[float]:
         """Return the milliseconds of steps in whole periods, late in a run."""
         if self.has_early_steps:
-            self.go_to(LATE)
+            self.first.global_step = LATE
         return [self.step() for _ in range(10 * periods)]
 
     def early(self) -> list[float]:
         """Return the milliseconds of the first hundred steps."""
-        self.go_to(0)
+        self.first.global_step = 0
         return [self.step() for _ in EARLY]
 
 
@@ -185,8 +167,7 @@ def measure(
 def ratio(ms: Times, of: str, to: str, what: str = "late") -> str:
     """Tell how many of another contestant's late steps a step takes, by rounds."""
     pairs = zip(ms[of][what], ms[to]["late"], strict=True)
-    spread = results.Spread.of([a / b for a, b in pairs])
-    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+    return tables.spread(results.Spread.of([a / b for a, b in pairs]))
 
 
 def table(result: dict[str, Any]) -> tables.Grid:

@@ -1,63 +1,62 @@
-"""Builds the optimizer that a contestant's plain data describes.
+"""Builds a contestant's optimizers for a network, from plain settings.
 
-It runs in a worker's process, where only some of the packages can be imported: each
-is imported when it is asked for.
+Packages are imported when they are asked for: a process sees some of them alone, and
+another `sirfshampoo` perhaps.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-BATCH_SIZE = 8
-LR = 1e-3
+from benchmarks import environment
+
+Settings = Mapping[str, Any]
+Builder = Callable[[nn.Module, dict[str, Any]], list[Optimizer]]
 
 
-class Together:
-    """Several optimizers that share a model and step one after the other."""
-
-    def __init__(self, *optimizers: Optimizer) -> None:
-        """Keep the optimizers."""
-        self.optimizers = optimizers
-
-    def step(self) -> None:
-        """Let each take a step."""
-        for optimizer in self.optimizers:
-            optimizer.step()
+def translated(settings: Settings) -> dict[str, Any]:
+    """Return arguments of `SIRFShampoo` and of `summary` from what JSON knows."""
+    found = dict(settings)
+    if isinstance(structures := found.get("structures"), dict):  # its keys are strings
+        found["structures"] = {int(n): name for n, name in structures.items()}
+    if isinstance(dtype := found.get("preconditioner_dtypes"), str):
+        found["preconditioner_dtypes"] = getattr(torch, dtype)
+    return found
 
 
-Built = Optimizer | Together
-
-
-def sirfshampoo_options(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `SIRFShampoo`, and of `summary`, but the model."""
-    structures = spec["structures"]
-    if isinstance(structures, dict):  # JSON has no integer keys
-        structures = {int(ndim): name for ndim, name in structures.items()}
-    return {
-        "T": spec["T"],
-        "batch_size": BATCH_SIZE,
-        "structures": structures,
-        "preconditioner_dtypes": getattr(torch, spec["dtype"]),
-    }
-
-
-def _sirfshampoo(
-    model: nn.Module, spec: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Built:
+def _sirfshampoo(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
     from sirfshampoo import SIRFShampoo
 
-    built: Built = SIRFShampoo(model, **sirfshampoo_options(spec), **settings)
-    return built
+    return [SIRFShampoo(model, **translated(settings))]
 
 
-def _adamw(**options: Any) -> "Builder":
-    def build(model: nn.Module, spec: Mapping[str, Any], _: Any) -> Built:
-        return torch.optim.AdamW(model.parameters(), lr=LR, **options)
+def _recipe(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
+    from sirfshampoo import recipe
 
-    return build
+    told = ("lr", "weight_decay", *WANTS["recipe"])  # the rest goes to the optimizer
+    arguments = {key: settings.pop(key) for key in told if key in settings}
+    return _sirfshampoo(model, {**recipe(model, **arguments), **settings})
+
+
+def _sgd(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), **settings)]
+
+
+def _with_betas(settings: dict[str, Any], beta1: float) -> dict[str, Any]:
+    """Write `beta2`, if it is given, as most constructors want it."""
+    beta2 = settings.pop("beta2", None)
+    return settings if beta2 is None else settings | {"betas": (beta1, beta2)}
+
+
+def _adamw(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
+    options = _with_betas(settings, beta1=0.9)
+    return [torch.optim.AdamW(model.parameters(), **options)]
 
 
 def hidden_matrices(
@@ -72,68 +71,122 @@ def hidden_matrices(
     return matrices, others
 
 
-def _muon(model: nn.Module, spec: Mapping[str, Any], _: Any) -> Built:
+def _muon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
+    """Give hidden matrices to Muon, the rest to AdamW.
+
+    A network that is one matrix has it hidden, too. AdamW has Muon's learning rate
+    unless it is given its own, `adamw_lr`; `foreach` is for AdamW alone.
+    """
+    of_adamw = {"lr": settings.pop("adamw_lr", settings["lr"])}
+    of_adamw |= {"foreach": settings.pop("foreach", None)}
+    if "weight_decay" in settings:
+        of_adamw["weight_decay"] = settings["weight_decay"]
     matrices, others = hidden_matrices(model)
     built: list[Optimizer] = []
     if matrices:
-        built.append(torch.optim.Muon(matrices, lr=LR))
+        settings = {"adjust_lr_fn": "match_rms_adamw"} | settings
+        built.append(torch.optim.Muon(matrices, **settings))
     if others:
-        built.append(torch.optim.AdamW(others, lr=LR, foreach=True))
-    return Together(*built)
+        built.append(torch.optim.AdamW(others, **of_adamw))
+    return built
 
 
-def _pytorch_optimizer(name: str, period: str) -> "Builder":
-    def build(model: nn.Module, spec: Mapping[str, Any], _: Any) -> Built:
+def _pytorch_optimizer(name: str) -> Builder:
+    def build(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
         import pytorch_optimizer
 
         kind = getattr(pytorch_optimizer, name)
-        built: Built = kind(model.parameters(), lr=LR, **{period: spec["T"]})
-        return built
+        return [kind(model.parameters(), **_with_betas(settings, beta1=0.95))]
 
     return build
 
 
-def _heavyball(name: str, period: Callable[[int], dict[str, float]]) -> "Builder":
-    def build(model: nn.Module, spec: Mapping[str, Any], _: Any) -> Built:
+def _heavyball(name: str) -> Builder:
+    def build(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
         import heavyball
         import heavyball.utils
 
-        params = list(model.parameters())
-        if params[0].device.type == "cpu":  # compiled, it would need a C++ compiler
-            heavyball.utils.compile_mode = None
-        built: Built = getattr(heavyball, name)(params, lr=LR, **period(spec["T"]))
-        return built
+        heavyball.utils.compile_mode = None  # it would need a C++ compiler
+        # A schedule changes it in every step, which is supported for all of a group.
+        warnings.filterwarnings("ignore", message="Learning rate changed between")
+        kind = getattr(heavyball, name)
+        return [kind(list(model.parameters()), **_with_betas(settings, beta1=0.9))]
 
     return build
 
 
-Builder = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any]], Built]
-
 BUILDERS: dict[str, Builder] = {
-    "SIRFShampoo": _sirfshampoo,
-    "AdamW(foreach=True)": _adamw(foreach=True),
-    "AdamW(fused=True)": _adamw(fused=True),
-    "Muon": _muon,
-    "pytorch-optimizer SOAP": _pytorch_optimizer("SOAP", "precondition_frequency"),
-    "pytorch-optimizer Shampoo": _pytorch_optimizer(
-        "Shampoo", "preconditioning_compute_steps"
-    ),
-    "heavyball SOAP": _heavyball("SOAP", lambda T: {"precondition_frequency": T}),
-    "heavyball PSGD-Kron": _heavyball(
-        "PSGDKron", lambda T: {"preconditioner_update_probability": 1 / T}
-    ),
+    "sirfshampoo": _sirfshampoo,
+    "recipe": _recipe,
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "muon": _muon,
+    "soap": _pytorch_optimizer("SOAP"),
+    "shampoo": _pytorch_optimizer("Shampoo"),
+    "heavyball-soap": _heavyball("SOAP"),
+    "kl-shampoo": _heavyball("KLShampoo"),
+    "psgd-kron": _heavyball("PSGDKron"),
 }
 """How each is built; a new optimizer joins with one line."""
 
+PACKAGE_OF = {
+    "soap": "pytorch-optimizer",
+    "shampoo": "pytorch-optimizer",
+    "heavyball-soap": "heavyball",
+    "kl-shampoo": "heavyball",
+    "psgd-kron": "heavyball",
+}
+"""The packages of `environment.PACKAGES` that a builder imports."""
+
+WANTS: dict[str, tuple[str, ...]] = {"recipe": ("batch_size", "steps")}
+"""What a builder wants to know of the run, such as `"batch_size"`, beside settings."""
+
+OURS = ("sirfshampoo", "recipe")
+"""Builders of this package's optimizer."""
+
 
 def build(
-    spec: Mapping[str, Any], model: nn.Module, settings: Mapping[str, Any]
-) -> Built:
-    """Construct the optimizer that `spec` describes.
+    builder: str,
+    model: nn.Module,
+    settings: Settings,
+    run: Mapping[str, Any] | None = None,
+) -> list[Optimizer]:
+    """Construct optimizers that together step on all of a network.
 
     Args:
-        spec: What `Contestant.spec` returns; `SIRFShampoo` if it names no optimizer.
-        model: Whose parameters it steps on.
-        settings: More arguments of `SIRFShampoo`.
+        builder: A key of `BUILDERS`.
+        model: The network.
+        settings: Arguments of the constructor, as JSON knows them.
+        run: What describes the run, see `trial.spec_of`.
     """
-    return BUILDERS[spec.get("optimizer", "SIRFShampoo")](model, spec, settings)
+    told = {key: (run or {})[key] for key in WANTS.get(builder, ())}
+    return BUILDERS[builder](model, {**told, **settings})
+
+
+def edition(builder: str) -> str:
+    """Return which code a builder's optimizers have: a version, or a hash of ours."""
+    if builder in PACKAGE_OF:
+        return environment.PACKAGES[PACKAGE_OF[builder]][0]
+    return _OUR_EDITION if builder in OURS else f"torch=={torch.__version__}"
+
+
+def _hash_of_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((environment.ROOT / "sirfshampoo").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+_OUR_EDITION = _hash_of_sources()  # now: the files may change before a run ends
+
+
+def folders(builders: Iterable[str]) -> dict[str, Path]:
+    """Install what the builders import and is not there; return where it is.
+
+    Raises:
+        RuntimeError: If pip fails, for example without a network.
+    """
+    packages = dict.fromkeys(
+        PACKAGE_OF[name] for name in builders if name in PACKAGE_OF
+    )
+    return {package: environment.folder_of(package) for package in packages}

@@ -1,6 +1,7 @@
 """A measurement as it is written to JSON, with the statistics drawn from it."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import log
@@ -29,27 +30,37 @@ class Spread:
         return cls(middle, low, high, min(values))
 
 
+def name_of(record: dict[str, Any]) -> str:
+    """Name what was measured, in words."""
+    name: str = record["title"]
+    if record["package"] == "official":
+        name = f"official: {name}"
+    elif record["package"] not in ("torch", "ours"):
+        name += f" of {record['package']}"
+    if record["dtype"] is not None:
+        name += f", {record['dtype']}"
+    return name + (f", T = {record['T']}" if record["T"] not in (None, 1) else "")
+
+
 @dataclass(frozen=True)
 class Row:
     """What was measured of one contestant.
 
     Attributes:
-        package: `"torch"`, `"ours"`, `"official"` or another package's name.
-        title: The configuration in words.
-        dtype: Data type of the factors; `None` for other optimizers.
-        T: Steps from one update of the factors to the next; `None` where all steps
-            are alike.
+        name: In words, different for every contestant.
+        package, title, dtype, T: As of a `Contestant`; `None` where it has no factors,
+            or where all steps are alike.
         ms: Milliseconds a step, one list for each round. With `T > 1` every number
             is the mean over one period.
         unit: Milliseconds of AdamW in each round, taken right before.
         bytes: What the optimizer keeps between steps.
         error: Why there is no (further) measurement, if so.
-        peak: How much more memory a step takes at most; `None` if not measured.
-        flops: Floating-point operations of a step, counted from shapes; `None` if they
-            were not counted.
+        peak: How much more memory a step takes at most, if that was measured.
+        flops: Floating-point operations of a step, if they were counted.
         moved: The bytes a step has to move; `None` unless all factors are diagonal.
     """
 
+    name: str
     package: str
     title: str
     dtype: str | None
@@ -58,26 +69,23 @@ class Row:
     unit: list[float]
     bytes: int | None
     error: str | None
-    peak: int | None = None
-    flops: float | None = None
-    moved: float | None = None
+    peak: int | None
+    flops: float | None
+    moved: float | None
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Row":
         """Read one entry of `"contestants"`."""
+        work = record.get("work") or {}
+        as_they_are = ("package", "title", "dtype", "T", "bytes", "error")
         return cls(
-            package=record["package"],
-            title=record["title"],
-            dtype=record["dtype"],
-            T=record["T"],
+            **{key: record[key] for key in as_they_are},
+            name=name_of(record),
             ms=[period_means(r["ms"], record["T"] or 1) for r in record["rounds"]],
             unit=[median(r["unit_ms"]) for r in record["rounds"]],
-            bytes=record["bytes"],
-            error=record["error"],
-            # Older files lack these.
-            peak=record.get("peak"),
-            flops=(record.get("work") or {}).get("flops"),
-            moved=(record.get("work") or {}).get("bytes"),
+            peak=record.get("peak"),  # older files lack it, and the work
+            flops=work.get("flops"),
+            moved=work.get("bytes"),
         )
 
     def time(self) -> Spread:
@@ -144,9 +152,11 @@ def pairs(result: dict[str, Any]) -> Iterator[tuple[Row, Row]]:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Write a measurement; a list of numbers takes one line."""
+    """Write a measurement, whole or not at all; a list of numbers takes one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_pretty(result) + "\n")
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(_pretty(result) + "\n")
+    partial.replace(path)
 
 
 def _pretty(value: Any, indent: str = "") -> str:

@@ -160,24 +160,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", type=whole_samples, default=20_000, help="default: %(default)s")
     add("--only", default="", metavar="REGEX", help="runs, such as 'dense bfloat16'")
-    add("--threads", type=int, default=1, help="default: %(default)s")
-    add("--name", default="soak", help="name of the JSON file, default: %(default)s")
     add("--results", type=Path, default=results.RESULTS, help="folder of the file")
-    args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error("--threads must be at least 1.")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all, show and save; return 1 if a run had a problem."""
     args = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     names = [(s, d) for s in SIRFShampoo.SUPPORTED_STRUCTURES for d in DTYPES]
     chosen = [name for name in names if re.search(args.only, " ".join(name))]
     result: dict[str, Any] = {
-        "environment": environment.describe(args.threads),
+        "environment": environment.describe(threads=1),
         "parameters": sum(p.numel() for p in _net().parameters()),
         "warm": WARM,
         "soaks": [],
@@ -191,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["soaks"].append(record)
             for problem in problems(record):
                 progress.console.print(f"[red]{structure}, {dtype}: {problem}")
-    path = args.results / f"{args.name}.json"
+    path = args.results / "soak.json"
     results.save(result, path)
     console.print(tables.soak(result).rich("Soak"))
     console.print(f"Saved {os.path.relpath(path)}; now `python -m benchmarks.report`.")

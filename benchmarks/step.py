@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -15,8 +14,9 @@ from rich.progress import Progress
 
 from benchmarks import environment, results, tables
 from benchmarks.agreement import compare
-from benchmarks.contestants import UNIT, Contestant, choose
-from benchmarks.process import Worker, WorkerError
+from benchmarks.contestants import UNIT, Contestant, choose, ours
+from benchmarks.processes import WorkFailed
+from benchmarks.worker import Worker
 from benchmarks.workloads import (
     CONSTRUCTION,
     GROWTH,
@@ -27,62 +27,46 @@ from benchmarks.workloads import (
 )
 
 UNIT_STEPS = 8  # AdamW's share of a turn
+TURN_SECONDS = 0.2  # of any other, of 2 to 10 steps
 GROWN = ("diagonal", "mixed", "dense")  # what --scaling grows unasked
 
 
-@dataclass
-class Measured:
-    """What has been measured of one contestant so far."""
-
-    contestant: Contestant
-    bytes: int | None = None
-    peak: int | None = None
-    work: dict[str, Any] | None = None
-    steps: int = 0  # timed steps in a turn: whole periods of T
-    rounds: list[dict[str, list[float]]] = field(default_factory=list)
-    error: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return the entry for the JSON file."""
-        has_factors = self.contestant.structures is not None
-        has_period = self.contestant.has_period
-        return {
-            "package": self.contestant.package,
-            "title": self.contestant.title,
-            "structures": self.contestant.structures,
-            "dtype": self.contestant.dtype if has_factors else None,
-            "T": self.contestant.T if has_period else None,
-            "bytes": self.bytes,
-            "peak": self.peak,
-            "work": self.work,
-            "error": self.error,
-            "rounds": self.rounds,
-        }
+def record_of(contestant: Contestant) -> dict[str, Any]:
+    """Return the entry for the JSON file, before anything is measured."""
+    has_factors, has_period = contestant.structures is not None, contestant.has_period
+    return {
+        "package": contestant.package,
+        "title": contestant.title,
+        "structures": contestant.structures,
+        "dtype": contestant.dtype if has_factors else None,
+        "T": contestant.T if has_period else None,
+        "bytes": None,
+        "peak": None,
+        "work": None,
+        "error": None,
+        "rounds": [],
+    }
 
 
 class Run:
     """One measurement: contestants of both packages take turns, never two at once."""
 
-    def __init__(
-        self, workers: Mapping[str, Worker], shapes: Shapes, turn_seconds: float
-    ) -> None:
-        """Start with nothing measured."""
-        self.workers = workers
-        self.shapes = shapes
-        self.turn_seconds = turn_seconds
+    def __init__(self, workers: Mapping[str, Worker], shapes: Shapes) -> None:
+        self.workers, self.shapes = workers, shapes
+        self.steps: dict[str, int] = {}  # of a turn, by label: whole periods of T
 
     def _worker(self, contestant: Contestant) -> Worker:
         return self.workers[worker_of(contestant)]
 
-    def add(self, contestant: Contestant) -> Measured:
+    def add(self, contestant: Contestant) -> dict[str, Any]:
         """Warm a contestant up; choose how many steps a turn of it has."""
-        measured, T = Measured(contestant), contestant.T
+        record, T = record_of(contestant), contestant.T
         try:
             if contestant.structures is not None:
-                measured.work = self.workers["ours"].ask(
+                record["work"] = self.workers["ours"].call(
                     "work", spec=contestant.spec(), shapes=self.shapes
                 )
-            answer = self._worker(contestant).ask(
+            answer = self._worker(contestant).call(
                 "add",
                 key=contestant.label,
                 spec=contestant.spec(),
@@ -90,40 +74,38 @@ class Run:
                 warmup=max(3, T + 2),
                 peak=T,
             )
-        except WorkerError as error:
-            measured.error = str(error)
-            return measured
-        measured.peak = answer["peak"]
-        measured.bytes = answer["bytes"]
-        wanted = 1e3 * self.turn_seconds / median(answer["ms"][1:])
-        measured.steps = T * ceil(min(10, max(2, wanted)) / T)
-        return measured
+        except WorkFailed as error:
+            return record | {"error": str(error)}
+        wanted = 1e3 * TURN_SECONDS / median(answer["ms"][1:])
+        self.steps[contestant.label] = T * ceil(min(10, max(2, wanted)) / T)
+        return record | {key: answer[key] for key in ("bytes", "peak")}
 
-    def turn(self, measured: Measured) -> None:
+    def turn(self, contestant: Contestant, record: dict[str, Any]) -> None:
         """Time AdamW, then right after it a contestant."""
-        if measured.error:
+        if record["error"]:
             return
         try:
-            unit = self.workers["ours"].ask("turn", key=UNIT.label, steps=UNIT_STEPS)
+            unit = self.workers["ours"].call("turn", key=UNIT.label, steps=UNIT_STEPS)
             ms = unit
-            if measured.contestant != UNIT:
-                ms = self._worker(measured.contestant).ask(
-                    "turn", key=measured.contestant.label, steps=measured.steps
+            if contestant != UNIT:
+                ms = self._worker(contestant).call(
+                    "turn", key=contestant.label, steps=self.steps[contestant.label]
                 )
-        except WorkerError as error:
-            measured.error = str(error)
+        except WorkFailed as error:
+            record["error"] = str(error)
             return
         rounded = {"ms": [round(x, 4) for x in ms]}
-        measured.rounds.append(rounded | {"unit_ms": [round(x, 4) for x in unit]})
+        record["rounds"].append(rounded | {"unit_ms": [round(x, 4) for x in unit]})
 
     def construction(self) -> dict[str, list[float]]:
         """Time the constructors, each used before, on many parameters (seconds)."""
-        spec = {"structures": "dense", "dtype": "float32", "T": 1}
         both = same_name(self.workers)
         times: dict[str, list[float]] = {name: [] for name in both}
         for _ in range(3):
             for name, worker in both.items():
-                seconds = worker.ask("construct", spec=spec, shapes=CONSTRUCTION)
+                seconds = worker.call(
+                    "construct", spec=ours("dense"), shapes=CONSTRUCTION
+                )
                 times[name].append(round(seconds, 4))
         return times
 
@@ -146,15 +128,14 @@ def start(
     Returns:
         The processes, and of each other package its versions or why it is missing.
     """
-    workers = {"ours": Worker(environment.ROOT, args.threads, args.device)}
+    workers = {"ours": Worker(environment.ROOT, args.threads)}
     found: dict[str, Any] = {}
     for package in packages:
         try:
-            folder = args.official_folder if package == "official" else None
-            folder = folder or environment.folder_of(package)
+            folder = environment.folder_of(package)
             name = environment.IMPORT_NAMES.get(package, "sirfshampoo")
-            workers[package] = Worker(folder, args.threads, args.device, name)
-            versions = workers[package].versions
+            workers[package] = Worker(folder, args.threads, name)
+            versions = workers[package].call("versions")
             if package != "official":  # the environment's own, which it does not use
                 versions = {package: versions[package]}
             found[package] = versions
@@ -171,21 +152,19 @@ def measure(
     shapes = WORKLOADS[workload]()
     chosen = choose(args.only, args.structure, args.dtype, args.T)
     packages = dict.fromkeys(worker_of(c) for c in chosen if worker_of(c) != "ours")
-    if not args.official:
-        packages.pop("official", None)
-    if not args.peers:
+    if args.no_peers:
         packages = {k: None for k in packages if k == "official"}
     workers, found = start(packages, args, console)
     result: dict[str, Any] = {
         "workload": workload,
         "parameters": len(shapes),
         "numbers": numbers(shapes),
-        "environment": environment.describe(args.threads, args.device),
+        "environment": environment.describe(args.threads),
         "official": found.pop("official", None),
         "peers": found,
     }
     try:
-        run = Run(workers, shapes, args.turn_seconds)
+        run = Run(workers, shapes)
         chosen = [c for c in chosen if c != UNIT and worker_of(c) in workers]
         result |= alternate(run, [UNIT, *chosen], args.rounds, console)
         result["construction"] = {"parameters": len(CONSTRUCTION)}
@@ -210,27 +189,28 @@ def alternate(
     rates: dict[str, dict[str, list[float]]] = {"machine": {}, "products": {}}
     with Progress(console=console) as progress:
         task = progress.add_task("warm-up", total=(rounds + 1) * len(contestants))
-        measured = []
+        records = []
         for contestant in contestants:
             progress.update(task, description=f"warm-up: {contestant.label}")
-            measured.append(run.add(contestant))
+            records.append(run.add(contestant))
             progress.advance(task)
-        if measured[0].error:
-            raise WorkerError(measured[0].error)
+        if records[0]["error"]:
+            raise WorkFailed(records[0]["error"])
+        turns = list(zip(contestants, records, strict=True))
         for number in range(rounds):
             # Back and forth: nobody always follows the same neighbour.
-            for m in measured if number % 2 == 0 else reversed(measured):
-                label = f"round {number + 1} of {rounds}: {m.contestant.label}"
+            for contestant, record in turns if number % 2 == 0 else reversed(turns):
+                label = f"round {number + 1} of {rounds}: {contestant.label}"
                 progress.update(task, description=label)
-                run.turn(m)
+                run.turn(contestant, record)
                 progress.advance(task)
-            roof = run.workers["ours"].ask(
+            roof = run.workers["ours"].call(
                 "roof", products=products, dtypes=list(dtypes)
             )
             for kind, found in roof.items():
                 for name, rate in found.items():
                     rates[kind].setdefault(name, []).append(round(rate, 2))
-    return rates | {"contestants": [m.record() for m in measured]}
+    return rates | {"contestants": records}
 
 
 def grow(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -239,24 +219,24 @@ def grow(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     contestants = [UNIT, *(c for c in chosen if c.package == "ours")]
     cases = [(grown, n) for grown, sizes in GROWTH.items() for n in sizes]
     result: dict[str, Any] = {
-        "environment": environment.describe(args.threads, args.device),
+        "environment": environment.describe(args.threads),
         "rounds": args.rounds,
-        "scaling": [Measured(c).record() | {"growth": {}} for c in contestants],
+        "scaling": [record_of(c) | {"growth": {}} for c in contestants],
     }
-    worker = Worker(environment.ROOT, args.threads, args.device)
+    worker = Worker(environment.ROOT, args.threads)
     try:
         with Progress(console=console) as progress:
             task = progress.add_task("scaling", total=len(cases))
             for grown, size in cases:
                 progress.update(task, description=f"{grown}: {size}")
-                run = Run({"ours": worker}, GROWTH[grown][size], args.turn_seconds)
+                run = Run({"ours": worker}, GROWTH[grown][size])
                 measured = [run.add(c) for c in contestants]
                 for _ in range(args.rounds):
-                    for m in measured:
-                        run.turn(m)
+                    for contestant, m in zip(contestants, measured, strict=True):
+                        run.turn(contestant, m)
                 for m, record in zip(measured, result["scaling"], strict=True):
-                    record["error"] = record["error"] or m.error
-                    of_size = {"size": size, "rounds": m.rounds}
+                    record["error"] = record["error"] or m["error"]
+                    of_size = {"size": size, "rounds": m["rounds"]}
                     record["growth"].setdefault(grown, []).append(of_size)
                 progress.advance(task)
     finally:
@@ -313,34 +293,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="steps between updates; default: as listed, 1 with --structure",
     )
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     add("--list", action="store_true", help="list the contestants chosen, then stop")
     add("--rounds", type=int, default=5, help="turns of each, default: %(default)s")
-    add("--turn-seconds", type=float, default=0.2, help="aim; 2 to 10 steps")
     add("--threads", type=int, default=environment.cores(), help="default: %(default)s")
     add(
-        "--official",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure the official package too, default: yes; it is installed into "
-        "build/ if missing",
+        "--no-peers",
+        action="store_true",
+        help="leave out the optimizers of pytorch-optimizer and heavyball, which are "
+        "installed into build/ if missing, as the official package is",
     )
-    add(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure optimizers of pytorch-optimizer and heavyball too, likewise",
-    )
-    add("--official-folder", type=Path, help="where it is installed already")
-    add("--name", help="name of the JSON file; the workload if not given")
     add("--results", type=Path, default=results.RESULTS, help="folder of the file")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.threads < 1 or min(args.T, default=1) < 1:
         parser.error("--rounds, --threads and --T must be at least 1.")
     if "all" in args.workload:
         args.workload = [name for name in WORKLOADS if name != "tiny"]
-    if args.name and len(args.workload) > 1:
-        parser.error("--name is for one workload.")
     return args
 
 
@@ -354,13 +321,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.scaling:
         grown = grow(args, console)
-        keep(grown, args.name or "scaling", args, console)
+        keep(grown, "scaling", args, console)
         console.print(tables.scaling(grown).rich("Growth"))
         return int(any(record["error"] for record in grown["scaling"]))
     failed = []
     for workload in args.workload:
         result = measure(workload, args, console)
-        keep(result, args.name or workload, args, console)
+        keep(result, workload, args, console)
         tables.show(result, console)
         tried = [*result["contestants"], *result["agreement"]]
         failed += [x for x in tried if x["error"]]

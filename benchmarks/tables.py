@@ -1,6 +1,6 @@
 """The tables drawn from a measurement, for the screen and for the README."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import AGAINST_OFFICIAL, LIMITS, LIMITS_HOLD_ON
-from benchmarks.results import Row, Spread, growth, pairs, rows
+from benchmarks.results import Row, Spread, growth, name_of, pairs, rows
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,18 @@ class Grid:
         return table
 
 
-def configuration(row: Row) -> str:
-    """Name what was measured, in words."""
-    name = row.title
-    if row.package not in ("torch", "ours", "official"):
-        name += f" of {row.package}"
-    if row.dtype is not None:
-        name += f", {row.dtype}"
-    return name + (f", T = {row.T}" if row.T not in (None, 1) else "")
-
-
 def targets(result: dict[str, Any]) -> Grid:
     """Hold what was measured against what was aimed at."""
     header = ("configuration", "measured", "aim")
     lines: list[tuple[str, ...]] = [
-        (f"{configuration(row)}: AdamW steps", _spread(row.ratio()), verdict)
+        (f"{row.name}: AdamW steps", spread(row.ratio()), verdict)
         for row in rows(result)
         if not row.error and row.ms and (verdict := _verdict(result, row))
     ]
     lines += [
         (
-            f"{configuration(ours)}: times faster than the official package",
-            _spread(ours.times_faster_than(theirs)),
+            f"{ours.name}: times faster than the official package",
+            spread(ours.times_faster_than(theirs)),
             verdict,
         )
         for ours, theirs in pairs(result)
@@ -71,12 +61,9 @@ def workloads(found: Sequence[dict[str, Any]]) -> Grid:
     lines: dict[str, dict[str, str]] = {}
     for result in found:
         for row in rows(result):
-            name = configuration(row)
-            if row.package == "official":
-                name = f"official: {name}"
             if row.ms and not row.error:
                 ratio = f"{row.ratio().median:.3g}"
-                lines.setdefault(name, {})[result["workload"]] = ratio
+                lines.setdefault(row.name, {})[result["workload"]] = ratio
     names = [result["workload"] for result in found]
     notes = [
         f"{result['workload']}: {result['parameters']} parameters, "
@@ -90,16 +77,8 @@ def workloads(found: Sequence[dict[str, Any]]) -> Grid:
     )
 
 
-def step(result: dict[str, Any], limits: bool = False) -> Grid:
-    """Tell the time and memory of every contestant but the official package.
-
-    Args:
-        result: A measurement.
-        limits: Whether to add the fastest step, and the limits that apply.
-
-    Returns:
-        One line for each contestant.
-    """
+def step(result: dict[str, Any]) -> Grid:
+    """Tell the time and memory of every contestant but the official package."""
     header: tuple[str, ...] = ("configuration", "ms per step", "× AdamW step", "state")
     has_peak = any(row.peak is not None for row in rows(result))
     if has_peak:
@@ -110,20 +89,14 @@ def step(result: dict[str, Any], limits: bool = False) -> Grid:
             continue
         cells: tuple[str, ...]
         if row.error or not row.ms:
-            cells = (configuration(row), f"failed: {row.error}", "", "")
+            cells = (row.name, f"failed: {row.error}", "", "")
         else:
             time = f"{row.time().median:.2f}"
             state = _bytes(row.bytes or 0)
-            cells = (configuration(row), time, _spread(row.ratio()), state)
+            cells = (row.name, time, spread(row.ratio()), state)
         if has_peak:
             cells += ("" if row.peak is None else _bytes(row.peak),)
-        if limits:
-            fastest = f"{row.time().min:.2f}" if row.ms else ""
-            wanted = _verdict(result, row)
-            cells += (fastest, wanted)
         lines.append(cells)
-    if limits:
-        header += ("fastest ms", "limit")
     return Grid(header, lines, [environment_line(result), *_peer_notes(result)])
 
 
@@ -162,9 +135,6 @@ def work(result: dict[str, Any]) -> Grid:
     for row in rows(result):
         if row.flops is None or row.error or not row.ms:
             continue
-        name = configuration(row)
-        if row.package == "official":
-            name = f"official: {name}"
         product = product_rate(result, row.dtype or "")
         seconds = row.time().median / 1e3
         if row.moved is not None:
@@ -172,7 +142,7 @@ def work(result: dict[str, Any]) -> Grid:
             cells = ("–", "–", "–", *_rate(row.moved, seconds, copy, 1e6))
         else:
             cells = (*_rate(row.flops, seconds, product, 1e9), "–", "–", "–")
-        lines.append((name, *cells))
+        lines.append((row.name, *cells))
     notes = [
         "Operations are counted from shapes, as `summary` does, and are a mean over T "
         "steps; the official package is held to the same count. Product rate: the best "
@@ -235,11 +205,7 @@ def scaling(result: dict[str, Any]) -> Grid:
         header += (f"ms, {name} {sizes[0]} → {sizes[-1]}", f"exponent of {name}")
     lines: list[tuple[str, ...]] = []
     for record in result["scaling"]:
-        name = record["title"]
-        if record["dtype"]:
-            period = f", T = {record['T']}" if record["T"] != 1 else ""
-            name += f", {record['dtype']}{period}"
-        cells: tuple[str, ...] = (name,)
+        cells: tuple[str, ...] = (name_of(record),)
         for kind in grown:
             if record["error"]:
                 cells += (f"failed: {record['error']}", "")
@@ -266,7 +232,7 @@ def official(result: dict[str, Any]) -> Grid:
             f"{ours.dtype}, T = {ours.T}",
             f"{ours.time().median:.1f}",
             f"{theirs.time().median:.1f}",
-            _spread(ours.times_faster_than(theirs)),
+            spread(ours.times_faster_than(theirs)),
         )
         for ours, theirs in pairs(result)
     ]
@@ -364,22 +330,18 @@ def scale(result: dict[str, Any]) -> Grid:
     lines: list[tuple[str, ...]] = []
     pairs = zip(result["predicted"][::2], result["predicted"][1::2], strict=True)
     for whole, owned in pairs:
-
-        def both(
-            text: Callable[[dict[str, Any]], str], pair: Any = (whole, owned)
-        ) -> str:
-            return " → ".join(map(text, pair))
-
-        lines.append(
+        cells = [
             (
-                f"{whole['model']}, {whole['factors']}",
-                f"{whole['ranks']:,}",
-                both(lambda r: f"{r['bytes'] / 2**30:,.2f}"),
-                both(lambda r: f"{r['flops'] / 1e12:,.2f}"),
-                both(lambda r: f"{r['received'] / 2**30:,.2f}"),
-                both(lambda r: f"{100 * r['share']:.1f}%"),
+                f"{r['bytes'] / 2**30:,.2f}",
+                f"{r['flops'] / 1e12:,.2f}",
+                f"{r['received'] / 2**30:,.2f}",
+                f"{100 * r['share']:.1f}%",
             )
-        )
+            for r in (whole, owned)
+        ]
+        both = (" → ".join(pair) for pair in zip(*cells, strict=True))
+        name = f"{whole['model']}, {whole['factors']}"
+        lines.append((name, f"{whole['ranks']:,}", *both))
     assumed = result["assumed"]
     notes = [
         "Predicted, not measured: every rank holds all pre-conditioners → each "
@@ -457,33 +419,31 @@ def _conformance_note(result: dict[str, Any], names: tuple[str, ...]) -> str:
 def machine(result: dict[str, Any]) -> Grid:
     """Tell the machine's own rates, measured between the rounds."""
     rates = {**result["machine"], **result.get("products", {})}.items()
-    lines: list[tuple[str, ...]] = [(name, _spread(Spread.of(v))) for name, v in rates]
+    lines: list[tuple[str, ...]] = [(name, spread(Spread.of(v))) for name, v in rates]
     return Grid(("the machine itself", "rate"), lines, [])
 
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print all tables."""
-    console.print(step(result, limits=True).rich("One step"))
-    grid = official(result)
-    if grid.lines and result["workload"] == LIMITS_HOLD_ON:
-        verdicts = [_faster_verdict(result, *pair) for pair in pairs(result)]
-        lines = [(*x, y) for x, y in zip(grid.lines, verdicts, strict=True)]
-        grid = Grid((*grid.header, "wanted"), lines, grid.notes)
-    console.print(grid.rich("Beside the official package"))
-    grid = work(result)
-    if grid.lines:
-        console.print(grid.rich("Beside what the machine can do"))
-    console.print(machine(result).rich("Rates"))
+    console.print(step(result).rich("One step"))
+    console.print(official(result).rich("Beside the official package"))
+    for title, grid in {
+        "Aims": targets(result),
+        "Beside what the machine can do": work(result),
+        "Rates": machine(result),
+    }.items():
+        if grid.lines:
+            console.print(grid.rich(title))
     for row in rows(result):
         if row.error:
-            console.print(f"{row.package} {configuration(row)}: {row.error}")
+            console.print(f"{row.name}: {row.error}")
 
 
-def _spread(spread: Spread) -> str:
+def spread(found: Spread) -> str:
     """Format a median with its quartiles."""
-    digits = 2 if spread.median < 100 else 0
-    low, high = f"{spread.low:.{digits}f}", f"{spread.high:.{digits}f}"
-    return f"{spread.median:.{digits}f} ({low} to {high})"
+    digits = 2 if found.median < 100 else 0
+    low, high = f"{found.low:.{digits}f}", f"{found.high:.{digits}f}"
+    return f"{found.median:.{digits}f} ({low} to {high})"
 
 
 def _bytes(count: int) -> str:

@@ -1,27 +1,31 @@
 """A process that holds optimizers of one package; times their steps on request.
 
-It runs as a script, reads one JSON request a line from standard input and answers
-with one JSON line. It imports whichever `sirfshampoo` comes first on its `PYTHONPATH`:
-two packages of the same name cannot share a process.
+It imports whichever `sirfshampoo` lies in its folder: two packages of the same name
+cannot share a process.
 """
 
-import json
 import os
 import sys
-import traceback
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from benchmarks.contestants import BATCH_SIZE
 from benchmarks.gpu.clock import copy_rate, product_rate
 from benchmarks.memory import Peak, held_bytes
-from benchmarks.optimizers import BATCH_SIZE, build, sirfshampoo_options
+from benchmarks.optimizers import build, translated
+from benchmarks.processes import FRESH, Process
+from benchmarks.workloads import Shapes
 
 GRADIENT_SETS = 4
 COPY = "copy of 64 MiB, read + written, GB/s"
@@ -31,10 +35,9 @@ PACKAGES = ("sirfshampoo", "singd", "pytorch-optimizer", "heavyball")
 class Model(nn.Module):
     """Parameters without a forward pass."""
 
-    def __init__(self, shapes: Mapping[str, Iterable[int]], seed: int = 0) -> None:
-        """Draw parameters of the given shapes."""
+    def __init__(self, shapes: Mapping[str, Iterable[int]]) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         for name, shape in shapes.items():
             value = torch.randn(*shape, generator=generator).mul_(0.02)
             self.register_parameter(name, nn.Parameter(value))
@@ -49,28 +52,28 @@ def gradients(model: nn.Module, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scale = BATCH_SIZE**-0.5
     return [
-        torch.randn(p.shape, generator=generator).mul_(scale).to(p.device)
+        torch.randn(p.shape, generator=generator).mul_(scale)
         for p in model.parameters()
     ]
 
 
 class Entry:
-    """One contestant: its parameters, its optimizer and the gradients it is fed."""
+    """A network without a forward pass, its optimizers, and what they are fed.
+
+    Attributes:
+        takes: What takes a step, one after the other.
+    """
 
     def __init__(
         self,
-        spec: Mapping[str, Any],
-        shapes: Mapping[str, Iterable[int]],
+        model: nn.Module,
+        optimizers: list[Optimizer],
         pool: list[list[Tensor]] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        device: str = "cpu",
     ) -> None:
-        """Build the contestant; draw a gradient for every step if there is no pool."""
-        self.model = Model(shapes).to(device)
-        self.params = list(self.model.parameters())
-        self.optimizer = build(spec, self.model, settings or {})
-        self.pool = pool
-        self.device = device
+        """Draw a gradient for every step if there is no pool of gradients."""
+        self.model, self.optimizers, self.pool = model, optimizers, pool
+        self.params = list(model.parameters())
+        self.takes = [optimizer.step for optimizer in optimizers]
         self.steps = count()
 
     def feed(self) -> None:
@@ -83,28 +86,24 @@ class Entry:
         for p, g in zip(self.params, fresh, strict=True):
             p.grad = g.clone()
 
-    def step(self, check: bool = True) -> float:
-        """Take a step on a fresh gradient.
+    def step(self) -> float:
+        """Take a step on a fresh gradient; return its time in milliseconds."""
+        self.feed()
+        start = perf_counter()
+        for take in self.takes:
+            take()
+        return 1e3 * (perf_counter() - start)
 
-        Args:
-            check: Whether to look at the parameters before and after. Some optimizers
-                wait for their first factors, and move nothing until then.
-
-        Returns:
-            Its time in milliseconds.
+    def checked_step(self) -> float:
+        """Take a step, and look at the parameters before and after.
 
         Raises:
             RuntimeError: If a parameter did not move, or is no longer finite.
         """
-        self.feed()
         before = self._probe()
-
-        start = self._now()
-        self.optimizer.step()
-        elapsed = 1e3 * (self._now() - start)
-
+        elapsed = self.step()
         moved = (self._probe() - before).abs().amax(1)
-        if check and not bool((moved > 0).all() and moved.isfinite().all()):
+        if not bool((moved > 0).all() and moved.isfinite().all()):
             raise RuntimeError("A parameter did not move, or is not finite.")
         return elapsed
 
@@ -113,18 +112,11 @@ class Entry:
         found = []
         for _ in range(steps):
             self.feed()
-            with Peak(self.device) as peak:
-                self.optimizer.step()
-                self._now()
+            with Peak() as peak:
+                for take in self.takes:
+                    take()
             found.append(peak.bytes)
-        known = [bytes for bytes in found if bytes is not None]
-        return max(known, default=None)
-
-    def _now(self) -> float:
-        """Return the time at which all work that was asked for is done."""
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-        return perf_counter()
+        return max((bytes for bytes in found if bytes is not None), default=None)
 
     def _probe(self) -> Tensor:
         """Copy three numbers out of every parameter: one may rest by chance."""
@@ -133,89 +125,76 @@ class Entry:
         return torch.stack(looked_at).view(-1, 3)
 
 
-class Worker:
+Spec = Mapping[str, Any]
+"""What `Contestant.spec` returns: a builder and its settings."""
+
+
+class Answers:
     """Answers requests; every public method is one."""
 
     def __init__(self) -> None:
-        """Start without contestants."""
         self.entries: dict[str, Entry] = {}
-        self.pools: dict[str, list[list[Tensor]]] = {}
-        self.device = "cpu"
-
-    def hello(self, threads: int, device: str) -> dict[str, Any]:
-        """Set the number of threads and the device; say which packages are in use."""
-        torch.set_num_threads(threads)
-        self.device = device
-        versions = {}
-        for name in PACKAGES:
-            try:
-                versions[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        return {"threads": torch.get_num_threads(), "versions": versions}
+        self.pools: dict[tuple[Any, ...], list[list[Tensor]]] = {}
 
     def origin(self, package: str) -> str:
         """Say where a package was imported from."""
         return str(import_module(package).__file__)
 
+    def versions(self) -> dict[str, str]:
+        """Say which packages are in use."""
+        found = {}
+        for name in PACKAGES:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return found
+
     def add(
-        self,
-        key: str,
-        spec: dict[str, Any],
-        shapes: dict[str, list[int]],
-        warmup: int,
-        peak: int = 0,
+        self, key: str, spec: Spec, shapes: Shapes, warmup: int, peak: int = 0
     ) -> dict[str, Any]:
-        """Build a contestant; take its first steps, and `peak` that measure memory."""
-        if json.dumps(shapes) not in self.pools:
-            model = Model(shapes).to(self.device)
+        """Build a contestant; take its first steps, and `peak` that measure memory.
+
+        Some optimizers wait for their first factors, and move nothing until then: only
+        the last step of the warm-up is checked.
+        """
+        model, of_shapes = Model(shapes), tuple(shapes.items())
+        if of_shapes not in self.pools:
             pool = [gradients(model, seed) for seed in range(GRADIENT_SETS)]
-            self.pools[json.dumps(shapes)] = pool
-        pool = self.pools[json.dumps(shapes)]
-        entry = Entry(spec, shapes, pool, device=self.device)
-        ms = [entry.step(check=i == warmup - 1) for i in range(warmup)]
+            self.pools[of_shapes] = pool
+        entry = Entry(model, build(model=model, **spec), self.pools[of_shapes])
+        ms = [entry.step() for _ in range(warmup - 1)] + [entry.checked_step()]
         self.entries[key] = entry
-        return {
-            "ms": ms,
-            "bytes": held_bytes(entry.optimizer, entry.model),
-            "peak": entry.peak(peak),
-        }
+        held = held_bytes(entry.optimizers, model)
+        return {"ms": ms, "bytes": held, "peak": entry.peak(peak)}
 
     def turn(self, key: str, steps: int) -> list[float]:
         """Time `steps` steps of a contestant, after one that refills the caches."""
         entry = self.entries[key]
-        entry.step()
-        return [entry.step() for _ in range(steps)]
+        entry.checked_step()
+        return [entry.checked_step() for _ in range(steps)]
 
-    def construct(self, spec: dict[str, Any], shapes: dict[str, list[int]]) -> float:
+    def construct(self, spec: Spec, shapes: Shapes) -> float:
         """Time the constructor, in seconds."""
-        model = Model(shapes).to(self.device)
+        model = Model(shapes)
         start = perf_counter()
-        build(spec, model, {})
+        build(model=model, **spec)
         return perf_counter() - start
 
-    def follow(
-        self,
-        spec: dict[str, Any],
-        shapes: dict[str, list[int]],
-        steps: int,
-        settings: dict[str, float],
-        path: str,
-    ) -> None:
-        """Take steps; save how far each parameter moved and what the factors are."""
-        entry = Entry(spec, shapes, settings=settings, device=self.device)
+    def follow(self, spec: Spec, shapes: Shapes, steps: int) -> dict[str, list[Any]]:
+        """Take steps; return how far each parameter moved and what the factors are."""
+        model = Model(shapes)
+        entry = Entry(model, build(model=model, **spec))
         start = [p.detach().clone() for p in entry.params]
         for _ in range(steps):
-            entry.step()
+            entry.checked_step()
         moves = [p.detach() - s for p, s in zip(entry.params, start, strict=True)]
-        optimizer: Any = entry.optimizer
-        factors = [
-            K.to_dense().clone() for unit in optimizer.preconditioner for K in unit
-        ]
-        moves, factors = ([t.cpu() for t in x] for x in (moves, factors))
-        torch.save({"moves": moves, "factors": factors}, path)
+        optimizer: Any = entry.optimizers[0]
+        factors = [K.to_dense() for unit in optimizer.preconditioner for K in unit]
+        found = {"moves": moves, "factors": factors}
+        return {name: [t.numpy() for t in tensors] for name, tensors in found.items()}
 
-    def work(self, spec: dict[str, Any], shapes: dict[str, list[int]]) -> Any:
+    def work(self, spec: Spec, shapes: Shapes) -> dict[str, Any]:
         """Count what a step of `SIRFShampoo` has to do, from shapes alone.
 
         Returns:
@@ -224,8 +203,8 @@ class Worker:
         """
         from sirfshampoo import summary
 
-        rows = summary(Model(shapes), **sirfshampoo_options(spec)).rows
-        T = spec["T"]
+        rows = summary(Model(shapes), **translated(spec["settings"])).rows
+        T = spec["settings"]["T"]
         flops = sum(row.update_flops / T + row.step_flops for row in rows)
         elementwise = {name for row in rows for name in row.structures} <= {"diagonal"}
         return {
@@ -234,7 +213,7 @@ class Worker:
         }
 
     def roof(
-        self, products: list[list[int]], dtypes: list[str]
+        self, products: list[tuple[int, int, int]], dtypes: list[str]
     ) -> dict[str, dict[str, float]]:
         """Measure the machine's own rates.
 
@@ -251,11 +230,11 @@ class Worker:
         for dtype in ("float32", "bfloat16"):
             for m, n, k in ((1024, 1024, 1024), (1024, 256, 256), (256, 256, 256)):
                 name = f"{dtype} {m}x{k} @ {k}x{n} Gflop/s"
-                machine[name] = product_rate(1, m, k, n, dtype, self.device)
-        machine[COPY] = copy_rate(2**24, self.device)
+                machine[name] = product_rate(1, m, k, n, dtype, "cpu")
+        machine[COPY] = copy_rate(2**24, "cpu")
         own = {
             f"{dtype} {number} of {d}x{d} @ {d}x{columns}": product_rate(
-                number, d, d, columns, dtype, self.device
+                number, d, d, columns, dtype, "cpu"
             )
             for dtype in dtypes
             for number, d, columns in products
@@ -276,21 +255,49 @@ def _least_bytes(row: Any, T: int) -> float:
     return float(update / T + always)
 
 
-def main() -> None:
-    """Serve requests until standard input ends."""
-    # What a package prints must not end up between the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
+def _serve(connection: Connection, _: None) -> None:
+    """Answer as long as somebody asks; an error is an answer, too."""
+    answers = Answers()
+    while True:
         try:
-            result = {"result": getattr(worker, request.pop("do"))(**request)}
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(("result", getattr(answers, method)(**arguments)))
         except Exception as error:  # told to the driver, which decides
-            traceback.print_exc()
-            result = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(result), file=answers, flush=True)
+            connection.send(("error", f"{type(error).__name__}: {error}"))
 
 
-if __name__ == "__main__":
-    main()
+class Worker(Process):
+    """The driver's side: a process that sees one package called `sirfshampoo`."""
+
+    def __init__(
+        self, folder: Path, threads: int, package: str = "sirfshampoo"
+    ) -> None:
+        """Start the process.
+
+        Args:
+            folder: Where it finds what it measures, before all other places.
+            threads: How many threads it uses.
+            package: The import name of what it measures.
+        """
+        # the process inherits the path: torch looks for opt_einsum as it is imported
+        path = patch.object(sys, "path", [str(folder), *sys.path])
+        with path, patch.dict(os.environ, OMP_NUM_THREADS=str(threads)):
+            super().__init__(_serve, None, threads=threads, context=FRESH)
+        try:
+            origin = Path(self.call("origin", package=package)).resolve()
+            if folder.resolve() not in origin.parents:
+                raise RuntimeError(f"{package} was imported from elsewhere.")
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Have a method of `Answers` called; return what it returns.
+
+        Raises:
+            WorkFailed: If it raised, or the process ended.
+        """
+        return self.ask((method, arguments))

@@ -10,17 +10,7 @@ MOST_NUMBERS = 2**24  # in the operand of a batched product: 64 MiB in float32
 
 
 def gpt(layers: int, width: int, vocabulary: int, context: int) -> Shapes:
-    """Return the parameters of a GPT with biases and an untied head.
-
-    Args:
-        layers: Number of transformer blocks.
-        width: Size of the residual stream.
-        vocabulary: Number of tokens.
-        context: Number of positions.
-
-    Returns:
-        Name and shape of every parameter, in the order of the forward pass.
-    """
+    """Return the parameters of a GPT with biases and an untied head, in order."""
     shapes: Shapes = {
         "token_embedding": (vocabulary, width),
         "position_embedding": (context, width),
@@ -54,29 +44,6 @@ def mlp(layers: int, width: int) -> Shapes:
         shapes[f"layer{i}_weight"] = (width, width)
         shapes[f"layer{i}_bias"] = (width,)
     return shapes
-
-
-def resnet(classes: int) -> Shapes:
-    """Return the parameters of a ResNet-18 for small images, with batch norms."""
-    shapes: Shapes = {"stem_weight": (64, 3, 3, 3), **_norm("stem_norm", 64)}
-    width = 64
-    for stage, out in enumerate((64, 128, 256, 512)):
-        for block in range(2):
-            name = f"stage{stage}_block{block}"
-            shapes[f"{name}_conv1_weight"] = (out, width, 3, 3)
-            shapes |= _norm(f"{name}_norm1", out)
-            shapes[f"{name}_conv2_weight"] = (out, out, 3, 3)
-            shapes |= _norm(f"{name}_norm2", out)
-            if width != out:
-                shapes[f"{name}_shortcut_weight"] = (out, width, 1, 1)
-                shapes |= _norm(f"{name}_shortcut_norm", out)
-            width = out
-    return shapes | {"head_weight": (classes, width), "head_bias": (classes,)}
-
-
-def _norm(name: str, width: int) -> Shapes:
-    """Return the parameters of a normalization layer."""
-    return {f"{name}_weight": (width,), f"{name}_bias": (width,)}
 
 
 def vectors(number: int, width: int) -> Shapes:
@@ -119,7 +86,6 @@ WORKLOADS: dict[str, Callable[[], Shapes]] = {
     "gpt64": lambda: gpt(layers=4, width=64, vocabulary=96, context=64),
     "gpt256": lambda: gpt(layers=4, width=256, vocabulary=96, context=64),
     "gpt768": lambda: gpt(layers=4, width=768, vocabulary=96, context=64),
-    "resnet18": lambda: resnet(classes=10),
     "mlp100": lambda: mlp(layers=100, width=64),
     "matrix2048": lambda: {"weight": (2048, 2048)},
     "matrix4096": lambda: {"weight": (4096, 1024)},

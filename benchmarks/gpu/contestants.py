@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.contestants import BATCH_SIZE, other
 from benchmarks.gpu.captured import Captured, warm_up
-from benchmarks.optimizers import BATCH_SIZE, BUILDERS, LR
+from benchmarks.optimizers import build
 from sirfshampoo import GrowingInterval, SIRFShampoo, recipe, summary
 
 LONGEST = 16384  # the longest axis with another factor than a diagonal one
@@ -46,20 +47,14 @@ class Contestant:
         return self.title not in OTHERS
 
 
-def _adamw(model: nn.Module, **options: Any) -> Any:
-    return torch.optim.AdamW(model.parameters(), lr=LR, **options)
-
-
-def _named(name: str) -> Callable[[nn.Module, int], Any]:
-    return lambda model, T: BUILDERS[name](model, {"T": T}, {})
-
-
-OTHERS: dict[str, Callable[[nn.Module, int], Any]] = {
-    "AdamW(fused)": lambda model, T: _adamw(model, fused=True),
-    "AdamW(foreach)": lambda model, T: _adamw(model, foreach=True),
-    "Muon": _named("Muon"),
-    "SOAP": _named("pytorch-optimizer SOAP"),
+OTHERS = {
+    "AdamW(fused)": "torch AdamW(fused=True)",
+    "AdamW(foreach)": "torch AdamW(foreach=True)",
+    "Muon": "torch Muon",
+    "SOAP": "pytorch-optimizer SOAP",
 }
+"""Other optimizers, and their names where steps are timed on a CPU."""
+
 UNIT = Contestant("AdamW(fused)")
 """One step of it is the unit."""
 
@@ -126,26 +121,19 @@ def operations(contestant: Contestant, model: nn.Module) -> float:
 
 
 class Entry:
-    """A contestant that is warm.
-
-    Attributes:
-        step: Takes a step.
-        updates: What updates the factors next, and what does not: sets the global
-            step. Nothing for other optimizers.
-    """
+    """A contestant that is warm; `step` takes a step."""
 
     def __init__(self, contestant: Contestant, model: nn.Module, device: str) -> None:
         """Build it; take the steps of a period or two."""
         self.contestant, self.device = contestant, device
-        self.step: Callable[[], Any]
-        self.optimizer: Any
-        if not contestant.is_ours:
-            self.optimizer = OTHERS[contestant.title](model, contestant.T)
-            self.step = self.optimizer.step
-        else:
+        if contestant.is_ours:
             given = options(contestant, model)
             self.optimizer = SIRFShampoo(model, batch_size=BATCH_SIZE, **given)
-            self.step = self._way()
+            self.step: Callable[[], Any] = self._way()
+        else:
+            spec = other(OTHERS[contestant.title], contestant.T)
+            built = build(model=model, **spec)
+            self.step = lambda: [optimizer.step() for optimizer in built]
         for _ in range(1 if contestant.is_ours else 2 * contestant.T):
             self.step()
         self.start_period()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from benchmarks.gpu import text
 from benchmarks.gpu.model import Language
 from benchmarks.gpu.visit import Visit
-from benchmarks.optimizers import Together
 from sirfshampoo import SIRFShampoo, recipe
 
 WARM_UP = 0.1  # of the time
@@ -48,28 +47,26 @@ def adamw(params: Any, lr: float = 1e-3) -> torch.optim.Optimizer:
     )
 
 
-def muon(model: Language, steps: int, batch: int) -> Any:
+def muon(model: Language, steps: int, batch: int) -> list[Any]:
     """Give the hidden matrices to Muon, the embedding and the head to AdamW."""
     hidden = list(model.blocks.parameters())
     other = [*model.embedding.parameters(), *model.head.parameters()]
     found = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.01)
-    return Together(found, adamw(other))
+    return [found, adamw(other)]
 
 
-OPTIMIZERS: dict[str, Callable[[Language, int, int], Any]] = {
-    "AdamW": lambda model, steps, batch: adamw(model.parameters()),
-    "recipe": lambda model, steps, batch: SIRFShampoo(
-        model, batch_size=batch, **recipe(model, batch_size=batch, steps=steps)
-    ),
+def ours(model: Language, steps: int, batch: int) -> list[Any]:
+    """Return this package's, with the recipe."""
+    arguments = recipe(model, batch_size=batch, steps=steps)
+    return [SIRFShampoo(model, batch_size=batch, **arguments)]
+
+
+OPTIMIZERS: dict[str, Callable[[Language, int, int], list[Any]]] = {
+    "AdamW": lambda model, steps, batch: [adamw(model.parameters())],
+    "recipe": ours,
     "Muon": muon,
 }
 """At the rates that are usual; none is searched for. AdamW tells how long a run is."""
-
-
-def groups_of(optimizer: Any) -> list[dict[str, Any]]:
-    """Return all parameter groups of what may be two optimizers."""
-    several = getattr(optimizer, "optimizers", [optimizer])
-    return [group for each in several for group in each.param_groups]
 
 
 def factor(progress: float) -> float:
@@ -115,12 +112,11 @@ class Training:
     """One run of one optimizer, as long as it may take."""
 
     def __init__(self, name: str, words: Text, visit: Visit, steps: int) -> None:
-        """Build the model and the optimizer."""
         self.words, self.visit, self.device = words, visit, visit.device
         size = words.size
         self.model = size.build(words.facts["vocabulary"]).to(visit.device)
-        self.optimizer = OPTIMIZERS[name](self.model, steps, size.batch)
-        self.groups = groups_of(self.optimizer)
+        self.optimizers = OPTIMIZERS[name](self.model, steps, size.batch)
+        self.groups = [g for each in self.optimizers for g in each.param_groups]
         self.rates = [group["lr"] for group in self.groups]
         self.draw = torch.Generator().manual_seed(1)
         self.spans: list[tuple[Any, Any, Any]] = []  # start, before step(), end
@@ -146,7 +142,8 @@ class Training:
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate * factor(progress)
         middle = self.mark()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         for p in self.model.parameters():
             p.grad = None
         self.spans.append((start, middle, self.mark()))

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.training.pool import Process, WorkFailed, end_if_alone
+from benchmarks.processes import Process, WorkFailed, end_if_alone
 from benchmarks.training.trial import Training
 
 TURNS = 10  # in a run

@@ -18,29 +18,20 @@ from rich.progress import (
 )
 
 from benchmarks import results
+from benchmarks.optimizers import edition, folders
+from benchmarks.processes import end_if_alone
 from benchmarks.training import clock, pictures, pool, tables, trial
-from benchmarks.training.builders import edition, folders
-from benchmarks.training.options import QUICK_TRIALS, RESULTS, TRIALS, parse
-from benchmarks.training.plan import (
-    Failures,
-    Plan,
-    Specs,
-    final_specs,
-    result_name,
-    search_specs,
-)
+from benchmarks.training.options import RESULTS, parse
+from benchmarks.training.plan import Failures, Plan, Specs, result_name
 from benchmarks.training.spaces import CONTESTANTS, MAIN
 from benchmarks.training.store import Store
 from benchmarks.training.tasks import MADE_ON
-
-__all__ = ["QUICK_TRIALS", "TRIALS", "final_specs", "main", "parse", "search_specs"]
 
 
 class Driver:
     """Does what is missing."""
 
     def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
-        """Keep the options, and where progress is shown."""
         self.args, self.progress = args, progress
 
     def train(self, tasks: Sequence[str], names: Sequence[str]) -> bool:
@@ -141,7 +132,7 @@ def _turns(specs: Specs) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _trial(connection: Connection, spec: dict[str, Any], curve: bool = False) -> None:
     """Make a run in a process of its own."""
-    record = trial.run(spec, curve, after_step=pool.end_if_alone)
+    record = trial.run(spec, curve, after_step=end_if_alone)
     connection.send(("result", record))
 
 
@@ -187,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         driver = Driver(args, progress)
-        parts = [tasks] if args.together else [[task] for task in tasks]
+        parts = [tasks] if args.held_out else [[task] for task in tasks]
         failed = [not driver.train(part, names) for part in parts]
     console.print(f"Saved to {os.path.relpath(args.results)}.")
     if args.results == RESULTS:

@@ -81,14 +81,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--held-out",
         action="store_true",
         help=f"the tasks that the recipe was not made on, {', '.join(ON_HELD_OUT)} on "
-        f"them, {HELD_OUT_TRIALS} trials, one learning rate without search, no timing, "
-        "all tasks together",
-    )
-    add(
-        "--together",
-        action="store_true",
-        help="search on all tasks at once, then train the winners: keeps many "
-        "processes at work; results are written at the end",
+        f"them, {HELD_OUT_TRIALS} trials, one learning rate without search, no timing; "
+        "all searches come before the winners' runs, which keeps many processes busy",
     )
     add(
         *("--jobs", "--workers"),
@@ -125,7 +119,6 @@ def _fill_in(args: argparse.Namespace) -> None:
     if args.held_out:
         unasked |= {"task": HELD_OUT, "contestant": ON_HELD_OUT, "rounds": 0}
         unasked |= {"trials": HELD_OUT_TRIALS, "lr_factors": (1.0,)}
-        args.together = True
     for name, value in unasked.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

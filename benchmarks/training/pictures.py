@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.builders import OURS
+from benchmarks.optimizers import OURS
 from benchmarks.training.summary import Entry, entries
 
 

@@ -1,6 +1,6 @@
 """Who is trained, and which settings random search draws for each.
 
-A contestant joins with one line: its title, who builds it (`builders.BUILDERS`), and
+A contestant joins with one line: its title, who builds it (`optimizers.BUILDERS`), and
 its settings. A setting that is a distribution is searched, any other value is fixed;
 a contestant without a distribution is not searched at all. Settings go to the
 optimizer's constructor by name, for `sirfshampoo` with all that it accepts.
@@ -30,7 +30,6 @@ class LogUniform:
         return float(f"{math.exp(exponent):.3g}")
 
     def __str__(self) -> str:
-        """Write as an interval."""
         return f"{self.low:g} … {self.high:g}"
 
 
@@ -41,7 +40,6 @@ class Choice:
     values: tuple[Any, ...]
 
     def __init__(self, *values: Any) -> None:
-        """Take the values."""
         object.__setattr__(self, "values", values)
 
     def draw(self, rng: random.Random) -> Any:
@@ -49,7 +47,6 @@ class Choice:
         return rng.choice(self.values)
 
     def __str__(self) -> str:
-        """Write as a list."""
         return ", ".join(map(str, self.values))
 
 
@@ -159,7 +156,6 @@ CONTESTANTS: dict[str, Contestant] = {
         {"lr": _LR, "adamw_lr": _LR, "momentum": 0.95, "weight_decay": _DECAY},
     ),
     "soap": Contestant("SOAP, T = 10", "soap", _SOAP | {"precondition_frequency": 10}),
-    "soap-T1": Contestant("SOAP, T = 1", "soap", _SOAP | {"precondition_frequency": 1}),
     "kl-shampoo": Contestant(
         "KL-Shampoo, T = 10", "kl-shampoo", _SOAP | {"precondition_frequency": 10}
     ),
@@ -177,17 +173,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "sirf-T10": Contestant(
         "SIRFShampoo, dense, T = 10", "sirfshampoo", _OURS | {"T": 10}
     ),
-    "sirf-bf16": Contestant(
-        "SIRFShampoo, dense, bfloat16", "sirfshampoo", _OURS | _BF16
-    ),
     "sirf-bf16-T10": Contestant(
         "SIRFShampoo, dense, bfloat16, T = 10", "sirfshampoo", _OURS | _BF16 | {"T": 10}
-    ),
-    # An interval that grows: min(max(⌊√step / 2⌋, 1), 10).
-    "sirf-growing": Contestant(
-        "SIRFShampoo, dense, T growing to 10",
-        "sirfshampoo",
-        _OURS | {"T": "growing to 10"},
     ),
     **{
         f"sirf-{name}": Contestant(
@@ -223,11 +210,6 @@ CONTESTANTS: dict[str, Contestant] = {
         f"recipe-{name}": Contestant(f"the recipe, {title}", "recipe", settings)
         for name, (title, settings) in _CHANGED.items()
     },
-    "sirf-readme": Contestant(
-        "SIRFShampoo, the README's values",
-        "sirfshampoo",
-        {"lr": 2e-4, "beta2": 0.2, "lam": 1e-6},
-    ),
 }
 """What `--contestant` accepts."""
 

@@ -29,12 +29,8 @@ def entry(
 ) -> dict[str, Any]:
     """Describe what a contestant showed, for the JSON file.
 
-    Args:
-        name: Of the contestant.
-        contestant: What it is.
-        settings: The winner's; None if all trials diverged.
-        trials: Records of its search, none if it was not searched.
-        runs: Records of its runs on other seeds, and with other learning rates.
+    Settings are the winner's; None if all trials diverged. Runs are those on other
+    seeds, and with other learning rates.
     """
     fixed = [k for k, x in contestant.space().items() if x == contestant.settings[k]]
     return {
@@ -45,7 +41,6 @@ def entry(
         "searched": contestant.searched,
         "settings": settings,
         "code": sorted({record["code"] for record in (*trials, *runs)}),
-        "state_bytes": max((run["state_bytes"] for run in runs), default=None),
         "trials": _columns(
             {k: x for k, x in t["settings"].items() if k not in fixed}
             | {"val": t.get("val"), "diverged": t["diverged"]}
@@ -107,12 +102,7 @@ class Entry:
     """A contestant's results on one task, read from the JSON file."""
 
     def __init__(self, record: Record, points: Sequence[int]) -> None:
-        """Read `entry`'s record.
-
-        Args:
-            record: What `entry` returned.
-            points: The steps that curves were looked at.
-        """
+        """Read what `entry` returned, with the steps that curves were looked at."""
         self.record, self.points = record, points
         self.name, self.title = record["name"], record["title"]
         self.seconds: list[float] | None = record["seconds"]

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.optimizers import OURS
 from benchmarks.tables import Grid, where
-from benchmarks.training.builders import OURS
 from benchmarks.training.spaces import CONTESTANTS, ON_HELD_OUT, UNIT
 from benchmarks.training.summary import Entry, Mean, entries, lowest
 from benchmarks.training.tasks import HELD_OUT, TASKS

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,18 +14,29 @@ from benchmarks import (
     environment,
     memory,
     networks,
+    optimizers,
     report,
     results,
     step,
     tables,
-    worker,
 )
 from benchmarks.agreement import difference
-from benchmarks.contestants import CONTESTANTS, LIMITS, MIXED, UNIT, Contestant, choose
+from benchmarks.contestants import (
+    BATCH_SIZE,
+    CONTESTANTS,
+    LIMITS,
+    MIXED,
+    UNIT,
+    Contestant,
+    choose,
+    other,
+    ours,
+)
 from benchmarks.memory import Peak, held_bytes
-from benchmarks.optimizers import BATCH_SIZE, BUILDERS, Together, build
-from benchmarks.process import Worker, WorkerError
-from benchmarks.worker import Entry, Model, gradients
+from benchmarks.optimizers import build
+from benchmarks.processes import WorkFailed
+from benchmarks.training import spaces
+from benchmarks.worker import Answers, Entry, Model, Worker, gradients
 from benchmarks.workloads import (
     CONSTRUCTION,
     MOST_NUMBERS,
@@ -94,10 +106,6 @@ def test_mlp_workloads() -> None:
 
 
 def test_other_workloads() -> None:
-    shapes = WORKLOADS["resnet18"]()
-    assert numbers(shapes) == 11_173_962  # as torchvision's, with a small stem
-    assert shapes["stage3_block1_conv2_weight"] == (512, 512, 3, 3)
-    assert sum("shortcut_weight" in name for name in shapes) == 3
     assert WORKLOADS["matrix2048"]() == {"weight": (2048, 2048)}
     assert WORKLOADS["matrix4096"]() == {"weight": (4096, 1024)}
     assert set(WORKLOADS["vectors"]().values()) == {(256,)}
@@ -128,16 +136,18 @@ def test_contestants_cover_structures_dtypes_and_periods() -> None:
     for dtype in ("float32", "bfloat16"):
         assert {(name, dtype, 1) for name in (*SUPPORTED_STRUCTURES,)} <= found
     assert set(LIMITS) <= {(c.title, c.dtype, c.T) for c in CONTESTANTS}
-    ours = [c.spec() for c in CONTESTANTS if c.package == "ours"]
+    here = [c.spec() for c in CONTESTANTS if c.package == "ours"]
     official = [c.spec() for c in CONTESTANTS if c.package == "official"]
     assert len(official) == 4
-    assert all(spec in ours for spec in official)
+    assert all(spec in here for spec in official)
 
 
 def test_every_contestant_can_be_built_and_pinned() -> None:
     packages = {c.package for c in CONTESTANTS}
     assert packages == {"torch", "ours", *environment.PACKAGES}
-    assert {c.spec()["optimizer"] for c in (UNIT, *CONTESTANTS)} == set(BUILDERS)
+    timed = {c.spec()["builder"] for c in (UNIT, *CONTESTANTS)}
+    trained = {c.builder for c in spaces.CONTESTANTS.values()}
+    assert timed | trained == set(optimizers.BUILDERS)
     periods = {(c.package, c.title, c.T) for c in CONTESTANTS if c.structures is None}
     for package in ("pytorch-optimizer", "heavyball"):
         assert {(package, "SOAP", 1), (package, "SOAP", 10)} <= periods
@@ -161,22 +171,19 @@ def test_the_command_line_chooses() -> None:
 
 def test_muon_gets_hidden_matrices_alone() -> None:
     model = Model(TINY)
-    together = build({"optimizer": "Muon"}, model, {})
-    assert isinstance(together, Together)
-    muon, adamw = together.optimizers
+    muon, adamw = build(model=model, **other("torch Muon"))
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)] for p in muon.param_groups[0]["params"]}
     assert found == {f"block0_{part}_weight" for part in ("qkv", "proj", "fc", "fc2")}
     assert len(adamw.param_groups[0]["params"]) == len(TINY) - len(found)
-    spec = {"optimizer": "Muon", "structures": None, "dtype": "float32", "T": 1}
-    entry = Entry(spec, TINY)
-    assert entry.step() > 0
+    entry = Entry(model, [muon, adamw])
+    assert entry.checked_step() > 0
     rest = [shape for name, shape in TINY.items() if name not in found]
     adam_bytes = 2 * 4 * numbers(dict(enumerate(rest))) + 4 * len(rest)  # type: ignore[arg-type]
     muon_bytes = 4 * numbers({name: TINY[name] for name in found})
-    assert held_bytes(entry.optimizer, entry.model) == adam_bytes + muon_bytes
+    assert held_bytes(entry.optimizers, model) == adam_bytes + muon_bytes
 
 
 def test_gradients_are_fresh_and_repeatable() -> None:
@@ -191,19 +198,21 @@ def test_gradients_are_fresh_and_repeatable() -> None:
 
 
 def test_state_counts_each_storage_once() -> None:
-    entry = Entry(UNIT.spec(), TINY)
-    assert held_bytes(entry.optimizer, entry.model) == 0
-    assert entry.step() > 0
+    model = Model(TINY)
+    (adamw,) = build(model=model, **UNIT.spec())
+    entry = Entry(model, [adamw])
+    assert held_bytes(adamw, model) == 0
+    assert entry.checked_step() > 0
     state = 2 * 4 * numbers(TINY) + 4 * len(TINY)  # two moments, a step count
-    assert held_bytes(entry.optimizer, entry.model) == state
+    assert held_bytes(adamw, model) == state
     cache = torch.zeros(10)
-    entry.optimizer.cache = {"rows": [cache[:5], cache[5:]]}  # type: ignore[attr-defined]
-    assert held_bytes(entry.optimizer, entry.model) == state + 40
+    adamw.cache = {"rows": [cache[:5], cache[5:]]}  # type: ignore[attr-defined]
+    assert held_bytes([adamw], model) == state + 40
 
 
 def test_peak_is_what_a_step_takes_beside_what_it_keeps() -> None:
     size = 2**25
-    with Peak("cpu") as peak:
+    with Peak() as peak:
         torch.ones(size // 4).sum()
     if memory._forget_resident_peak():  # the system may not allow it
         assert peak.bytes is not None
@@ -215,8 +224,8 @@ def test_peak_is_what_a_step_takes_beside_what_it_keeps() -> None:
 
 def test_operations_are_a_mean_over_a_period() -> None:
     def flops(T: int) -> float:
-        spec = {"structures": "hierarchical2_1", "dtype": "float32", "T": T}
-        return float(worker.Worker().work(spec, {"w": [6, 4]})["flops"])
+        spec = ours("hierarchical2_1", T=T)
+        return float(Answers().work(spec, {"w": (6, 4)})["flops"])
 
     # Two updates weigh in at T = 1, one at T = 2: the rest is the step's.
     update = 2 * (flops(1) - flops(2))
@@ -225,8 +234,7 @@ def test_operations_are_a_mean_over_a_period() -> None:
 
 
 def test_products_of_a_dense_step_are_counted() -> None:
-    spec = {"structures": "dense", "dtype": "float32", "T": 1}
-    found = worker.Worker().work(spec, {"w": [2048, 2048]})
+    found = Answers().work(ours("dense"), {"w": (2048, 2048)})
     assert found["bytes"] is None
     products = found["flops"] / (2 * 2048**3)
     assert 6 <= products <= 12
@@ -235,8 +243,7 @@ def test_products_of_a_dense_step_are_counted() -> None:
 def test_bytes_of_a_diagonal_step_are_counted() -> None:
     moved = {}
     for T in (1, 10):
-        spec = {"structures": "diagonal", "dtype": "float32", "T": T}
-        moved[T] = worker.Worker().work(spec, {"w": [6, 4]})["bytes"]
+        moved[T] = Answers().work(ours("diagonal", T=T), {"w": (6, 4)})["bytes"]
     gradient, factors = 4 * 24, 2 * 4 * (6 + 4)
     update = gradient + 2 * factors
     always = gradient + factors + 2 * gradient + 2 * gradient  # parameter, momentum
@@ -276,7 +283,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_difference_is_relative_and_the_largest() -> None:
-    ones = torch.ones(4)
+    ones = np.ones(4)
     found = difference([ones, ones + 0.02, ones * 3], [ones, ones, ones * 3])
     assert found == pytest.approx(0.02, rel=1e-5)
 
@@ -285,36 +292,42 @@ def test_a_package_that_moves_nothing_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "sirfshampoo.py").write_text(LAZY)
     worker = Worker(tmp_path, threads=1)
     try:
-        spec = {"structures": "dense", "dtype": "float32", "T": 1}
-        with pytest.raises(WorkerError, match="did not move"):
-            worker.ask("add", key="lazy", spec=spec, shapes=TINY, warmup=1)
-        with pytest.raises(WorkerError, match="nobody"):
-            worker.ask("turn", key="nobody", steps=1)
+        with pytest.raises(WorkFailed, match="did not move"):
+            worker.call("add", key="lazy", spec=ours("dense"), shapes=TINY, warmup=1)
+        with pytest.raises(WorkFailed, match="nobody"):
+            worker.call("turn", key="nobody", steps=1)
     finally:
         worker.close()
 
 
+def test_torch_finds_what_lies_in_the_folder_of_a_package(tmp_path: Path) -> None:
+    # without opt_einsum, steps of PSGD-Kron take hundreds of times as long
+    (tmp_path / "opt_einsum.py").write_text("")
+    available = "torch.backends.opt_einsum.is_available()"
+    (tmp_path / "sirfshampoo.py").write_text(f"import torch\nassert {available}")
+    Worker(tmp_path, threads=1).close()
+
+
 def test_an_optimizer_may_start_late_and_drop_gradients(tmp_path: Path) -> None:
     (tmp_path / "sirfshampoo.py").write_text(LATE)
-    process = Worker(tmp_path, threads=1)
+    worker = Worker(tmp_path, threads=1)
     try:
-        spec = {"structures": "dense", "dtype": "float32", "T": 1}
-        request = {"key": "late", "spec": spec, "shapes": TINY}
-        with pytest.raises(WorkerError, match="did not move"):
-            process.ask("add", **request, warmup=2)
-        assert len(process.ask("add", **request, warmup=3, peak=1)["ms"]) == 3
-        assert len(process.ask("turn", key="late", steps=2)) == 2
+        request = {"key": "late", "spec": ours("dense"), "shapes": TINY}
+        with pytest.raises(WorkFailed, match="did not move"):
+            worker.call("add", **request, warmup=2)
+        assert len(worker.call("add", **request, warmup=3, peak=1)["ms"]) == 3
+        assert len(worker.call("turn", key="late", steps=2)) == 2
     finally:
-        process.close()
+        worker.close()
 
 
 def test_one_number_that_rests_by_chance_is_no_failure() -> None:
-    entry = Entry(UNIT.spec(), {"w": [8]})
-    entry.optimizer.step = lambda: entry.params[0].data[-1].add_(1.0)  # type: ignore
-    assert entry.step() > 0
-    entry.optimizer.step = lambda: None  # type: ignore
+    entry = Entry(Model({"w": (8,)}), [])
+    entry.takes = [lambda: entry.params[0].data[-1].add_(1.0)]
+    assert entry.checked_step() > 0
+    entry.takes = []
     with pytest.raises(RuntimeError, match="did not move"):
-        entry.step()
+        entry.checked_step()
 
 
 def test_packages_are_installed_whole_or_not_at_all(
@@ -358,8 +371,9 @@ def test_peers_have_their_own_processes(
         raise RuntimeError("pip: no network")
 
     monkeypatch.setattr(environment, "folder_of", folder_of)
+    monkeypatch.setattr(step, "TURN_SECONDS", 0.0)
     arguments = ["--workload", "tiny", "--only", "SOAP", "--T", "10", "--rounds", "1"]
-    arguments += ["--threads", "1", "--turn-seconds", "0", "--results", str(tmp_path)]
+    arguments += ["--threads", "1", "--results", str(tmp_path)]
     assert step.main(arguments) == 0
     result = results.load(tmp_path / "tiny.json")
     assert result["official"] is None
@@ -386,8 +400,9 @@ def test_growth_is_measured_and_fitted(
 ) -> None:
     growing = {"layers": {n: mlp(layers=n, width=4) for n in (1, 2)}}
     monkeypatch.setattr(step, "GROWTH", growing)
+    monkeypatch.setattr(step, "TURN_SECONDS", 0.0)
     arguments = ["--scaling", "--structure", "diagonal", "--T", "1", "3"]
-    arguments += ["--rounds", "2", "--threads", "1", "--turn-seconds", "0"]
+    arguments += ["--rounds", "2", "--threads", "1"]
     assert step.main([*arguments, "--results", str(tmp_path)]) == 0
     result = results.load(tmp_path / "scaling.json")
     assert [(r["title"], r["T"]) for r in result["scaling"]] == [
@@ -408,30 +423,26 @@ def test_growth_is_measured_and_fitted(
 
 
 def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in (["--T", "0"], ["--name", "x", "--workload", "tiny", "mlp100"]):
-        with pytest.raises(SystemExit):
-            step.main(wrong)
-    assert "--T must be at least 1" in (text := capsys.readouterr().err)
-    assert "--name is for one workload" in text
+    with pytest.raises(SystemExit):
+        step.main(["--T", "0"])
+    assert "--T must be at least 1" in capsys.readouterr().err
     assert "tiny" not in step.parse(["--workload", "all"]).workload
 
 
 def test_a_run_is_measured_saved_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure_tiny(tmp_path)
-    check_result(results.load(tmp_path / "gpt256.json"))
-    check_report(tmp_path, capsys)
-
-
-def measure_tiny(folder: Path) -> None:
-    """Measure a tiny workload, with a copy of this package as the official one."""
-    shutil.copytree(environment.ROOT / "sirfshampoo", folder / "other" / "sirfshampoo")
+    # a copy of this package passes for the official one
+    copy = tmp_path / "other"
+    shutil.copytree(environment.ROOT / "sirfshampoo", copy / "sirfshampoo")
+    monkeypatch.setattr(environment, "folder_of", {"official": copy}.__getitem__)
+    monkeypatch.setattr(step, "TURN_SECONDS", 0.0)
     chosen = "ours diagonal float32|all dense float32"
     arguments = ["--workload", "tiny", "--only", chosen, "--threads", "1"]
-    arguments += ["--rounds", "2", "--turn-seconds", "0", "--name", "gpt256"]
-    arguments += ["--official-folder", str(folder / "other")]
-    assert step.main([*arguments, "--results", str(folder)]) == 0
+    arguments += ["--rounds", "2", "--results", str(tmp_path)]
+    assert step.main(arguments) == 0
+    check_result(results.load(tmp_path / "tiny.json"))
+    check_report(tmp_path, capsys)
 
 
 def check_result(result: dict[str, Any]) -> None:
@@ -503,16 +514,16 @@ def test_older_results_have_no_peaks_and_no_work() -> None:
 def check_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = folder / "README.md"
     marker = "<!-- table: {} -->\nold\n<!-- end -->"
-    tables = [marker.format(t) for t in ("step", "official gpt256", "machine")]
+    tables = [marker.format(f"{t} tiny") for t in ("step", "official", "machine")]
     readme.write_text("\n\n".join(["# Title", *tables, "tail"]))
     arguments = ["--readme", str(readme), "--results", str(folder)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     text = readme.read_text()
-    assert text.startswith("# Title\n\n<!-- table: step -->\n| configuration |")
+    assert text.startswith("# Title\n\n<!-- table: step tiny -->\n| configuration |")
     assert text.endswith("<!-- end -->\n\ntail")
     assert "old" not in text
-    row = results.rows(results.load(folder / "gpt256.json"))[1]
+    row = results.rows(results.load(folder / "tiny.json"))[1]
     assert f"| diagonal, float32 | {row.time().median:.2f} | " in text
     assert "| float32, T = 10 | " in text
     assert report.main([*arguments, "--check"]) == 0

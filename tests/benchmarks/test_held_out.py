@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import report, results
-from benchmarks.training import builders, data, held_out_models, parts, trial
+from benchmarks import optimizers, report, results
 from benchmarks.training import command as train
+from benchmarks.training import data, held_out_models, parts, trial
 from benchmarks.training.spaces import CONTESTANTS, ON_HELD_OUT
 from benchmarks.training.tasks import HELD_OUT, MADE_ON, TASKS
 
@@ -135,7 +135,7 @@ def test_rotated_products_depend_on_distance_alone() -> None:
 
 def test_adamw_beside_muon_may_have_its_own_rate() -> None:
     model = TASKS["vit"].model(data.load("digits"))
-    muon, adamw = builders.build("muon", model, MUON | {"adamw_lr": 0.5})
+    muon, adamw = optimizers.build("muon", model, MUON | {"adamw_lr": 0.5})
     assert muon.param_groups[0]["lr"] == MUON["lr"]
     assert adamw.param_groups[0]["lr"] == 0.5
     assert CONTESTANTS["muon-tuned"].builder == "muon"
@@ -149,10 +149,8 @@ def test_one_option_asks_for_all(tmp_path: Path) -> None:
     assert (args.task, args.contestant) == (HELD_OUT, ON_HELD_OUT)
     assert (args.trials, args.seeds, args.rounds, args.jobs) == (6, 3, 0, 32)
     assert args.lr_factors == [1.0]
-    assert args.together
     fewer = train.parse(["--held-out", "--task", "vae", "--trials", "2"])
     assert (fewer.task, fewer.trials) == (["vae"], 2)
-    assert not train.parse([]).together
 
 
 def test_tasks_are_run_together(
@@ -195,7 +193,7 @@ def columns(losses: list[float], diverged: str | None = None) -> dict[str, list[
 def result(name: str, **losses: dict[str, list[Any]]) -> dict[str, Any]:
     env = results.load(results.RESULTS / "gpt256.json")["environment"]
     base = {"builder": "adamw", "searched": True, "settings": {"lr": 0.1}}
-    base |= {"space": {"lr": "0.1 … 1"}, "code": ["abc"], "state_bytes": 8}
+    base |= {"space": {"lr": "0.1 … 1"}, "code": ["abc"]}
     base |= {"seconds": None, "why_no_seconds": None}
     base |= {"trials": {"lr": [0.1], "val": [2.0], "diverged": [None]}}
     entries = [base | {"name": n, "title": n, "runs": x} for n, x in losses.items()]
