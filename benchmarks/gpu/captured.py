@@ -48,11 +48,8 @@ class Captured:
     ) -> None:
         """Capture nothing at first.
 
-        Args:
-            optimizer: The optimizer.
-            kind: Maps the global step to what tells kinds of steps apart: a period's
-                step, or whether factors are updated.
-            device: Where its parameters are.
+        The kind maps the global step to what tells kinds of steps apart: a period's
+        step, or whether factors are updated.
         """
         self.optimizer, self.kind, self.device = optimizer, kind, device
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph | Eager] = {}

@@ -46,15 +46,9 @@ def typical(call: Callable[[], Any], device: str) -> float:
 
 
 def product_rate(number: int, m: int, k: int, n: int, dtype: str, device: str) -> float:
-    """Return the Gflop/s of `number` products ``[m, k] @ [k, n]`` at once.
+    """Return the Gflop/s of `number` products ``[m, k] @ [k, n]`` in one call.
 
-    Args:
-        number: How many are multiplied in one call.
-        m: Rows of the left.
-        k: What is summed over.
-        n: Columns of the right.
-        dtype: The name of a type, or ``"tf32"``.
-        device: Where.
+    The type is a name, or ``"tf32"``.
     """
     kind: Any = {"dtype": getattr(torch, dtype, torch.float32), "device": device}
     shapes = ((m, k), (k, n), (m, n))

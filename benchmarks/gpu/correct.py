@@ -4,10 +4,8 @@ The groups run side by side: a hang of one costs nobody else's time.
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -18,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.environment import ROOT, cores
+from benchmarks.gpu import driver
 from benchmarks.gpu.checks.__main__ import GROUPS
 from benchmarks.gpu.visit import Visit
 
@@ -25,18 +24,10 @@ PHRASE = "needs a GPU"  # what tests say that skip themselves
 MARGIN = 3.0  # seconds to write down what was cut
 
 
-def start(command: list[str], seconds: float) -> tuple[subprocess.Popen, Timer]:
-    """Start a command that is killed with all that it started, if it takes longer."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    timer = Timer(max(seconds, 0.1), os.killpg, (process.pid, signal.SIGKILL))
+def start(*command: str, seconds: float) -> tuple[subprocess.Popen[str], Timer]:
+    """Start Python, which is killed with all that it started if it takes longer."""
+    process = driver.start(*command)
+    timer = Timer(max(seconds, 0.1), driver.kill, (process,))
     timer.start()
     return process, timer
 
@@ -58,8 +49,8 @@ class Groups:
     def run(self, group: str) -> None:
         """Run the checks of a group in a process."""
         tiny = ["tiny"] if self.visit.tiny else []
-        command = ["-m", "benchmarks.gpu.checks", group, self.visit.device, *tiny]
-        process, timer = start(command, self.visit.left() - MARGIN)
+        command = ("-m", "benchmarks.gpu.checks", group, self.visit.device, *tiny)
+        process, timer = start(*command, seconds=self.visit.left() - MARGIN)
         with tempfile.TemporaryFile("w+") as errors, ThreadPoolExecutor(1) as drain:
             read = drain.submit(lambda: errors.write(process.stderr.read()))
             expected: list[str] = ["(the list itself)"]
@@ -94,8 +85,8 @@ class Groups:
             options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
             options += ["-k", "gpu"] if self.visit.tiny else []
             begin = perf_counter()
-            command = ["-m", "pytest", *options, *files]
-            process, timer = start(command, self.visit.left() - MARGIN)
+            command = ("-m", "pytest", *options, *files)
+            process, timer = start(*command, seconds=self.visit.left() - MARGIN)
             printed, errors = process.communicate()
             timer.cancel()
             if not report.exists():

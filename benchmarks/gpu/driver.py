@@ -4,17 +4,38 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from benchmarks import results
 from benchmarks.environment import ROOT
-from benchmarks.gpu.visit import read, write
+from benchmarks.gpu.visit import read
 
 SHARES = {"machine": 25, "correct": 120, "step": 145, "train": 160, "profile": 30}
 """The stages in order of worth, with the seconds of each of the default budget."""
 
 GRACE = 6.0  # seconds to come to an end before a stage is killed
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    """Start Python at the head of a group of processes, which `kill` ends."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process with all that it started, which may have stayed behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_stage(stage: str, seconds: float, command: list[str], folder: Path) -> str:
@@ -23,59 +44,32 @@ def run_stage(stage: str, seconds: float, command: list[str], folder: Path) -> s
     path.unlink(missing_ok=True)  # of an earlier visit
     own = max(seconds - GRACE, 1.0)
     command = [*command, "--run", stage, "--budget", f"{own:.1f}"]
-    begin, printed = monotonic(), ""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu", *command],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    begin, status = monotonic(), "cut"
+    process = start("-m", "benchmarks.gpu", *command)
     try:
-        _, printed = process.communicate(timeout=seconds)
+        process.communicate(timeout=seconds)
         status = "ok" if process.returncode == 0 else "failed"
     except subprocess.TimeoutExpired:
-        status = "cut"
-    except BaseException:
-        _kill(process)
-        raise
-    _kill(process)  # what it started may have stayed behind
-    if status == "cut":
-        printed = process.communicate()[1]
+        pass
+    finally:
+        kill(process)
+        _, printed = process.communicate()
     result = read(path)
     facts: dict[str, Any] = {"stage": stage, "status": status}
     facts["seconds"] = round(monotonic() - begin, 1)
     if status == "failed" and not result.get("error"):
         last = f"the process ended with {process.returncode}: {printed[-1500:]}"
         facts["error"] = last
-    write(result | facts, path)
+    results.save(result | facts, path)
     return status
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End a stage with all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def run_stages(
     stages: list[str], budget: float, command: list[str], folder: Path
 ) -> dict[str, str]:
-    """Run stages; what one leaves of its time is the others'.
+    """Run stages within some seconds; what one leaves of its time is the others'.
 
-    Args:
-        stages: Their names.
-        budget: The seconds for all.
-        command: The options that each is given.
-        folder: Where results go.
-
-    Returns:
-        How each went.
+    The command is the options that each is given. Returns how each went.
     """
     folder.mkdir(parents=True, exist_ok=True)
     end, outcomes = monotonic() + budget, {}

@@ -55,7 +55,6 @@ class Parameters(nn.Module):
     SCALE = 8**-0.5  # 1 / √batch size: the fixed point of the factors is near identity
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: str) -> None:
-        """Draw both."""
         super().__init__()
         for name, shape in shapes.items():
             p = nn.Parameter(torch.randn(shape, device=device).mul_(0.02))

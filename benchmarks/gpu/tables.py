@@ -112,12 +112,7 @@ TRAIN = (
 
 
 def at_half_a_million(run: dict[str, Any], tokens: int) -> float:
-    """Return the optimizer's share of a step that sees half a million tokens.
-
-    Args:
-        run: The run.
-        tokens: How many tokens its steps saw.
-    """
+    """Return the optimizer's share if steps saw half a million tokens, not these."""
     gradients = (run["step_ms"] - run["optimizer_ms"]) * 2**19 / tokens
     return run["optimizer_ms"] / (run["optimizer_ms"] + gradients)
 

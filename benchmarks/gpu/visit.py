@@ -1,9 +1,7 @@
 """What a stage is told: where it computes, how long it may, where its results go."""
 
 import json
-import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,23 +18,14 @@ OPTIONAL = ("triton", "transformers", "pytorch_optimizer", "heavyball", "numpy")
 
 @dataclass
 class Visit:
-    """One stage under way.
-
-    Attributes:
-        stage: Its name.
-        device: ``"cuda"`` or ``"cpu"``.
-        tiny: Whether all is small, to rehearse.
-        folder: Where its file is written.
-        end: When it has to be done, on the monotonic clock.
-        result: What its file holds so far.
-    """
+    """One stage under way."""
 
     stage: str
-    device: str
-    tiny: bool
-    folder: Path
-    end: float
-    result: dict[str, Any] = field(default_factory=dict)
+    device: str  # "cuda" or "cpu"
+    tiny: bool  # all is small, to rehearse
+    folder: Path  # where its file is written
+    end: float  # when it has to be done, on the monotonic clock
+    result: dict[str, Any] = field(default_factory=dict)  # its file so far
 
     def left(self) -> float:
         """Return the seconds that are left."""
@@ -45,14 +34,7 @@ class Visit:
     def save(self, **found: Any) -> None:
         """Write what has been found: a cut loses what came after."""
         self.result |= found
-        write(self.result, self.folder / f"{self.stage}.json")
-
-
-def write(result: Mapping[str, Any], path: Path) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}")
-    results.save(dict(result), partial)
-    partial.replace(path)
+        results.save(self.result, self.folder / f"{self.stage}.json")
 
 
 def read(path: Path) -> dict[str, Any]:
