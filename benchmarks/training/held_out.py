@@ -16,7 +16,7 @@ from benchmarks.training import held_out_models as models
 from benchmarks.training.data import Data
 from benchmarks.training.held_out_data import SHORT
 from benchmarks.training.parts import Part
-from benchmarks.training.task import Task, cross_entropy, squares
+from benchmarks.training.task import Task, squares
 
 _task = partial(Task, held_out=True)
 
@@ -44,7 +44,6 @@ def _speedrun(width: int) -> Task:
         f"speed-run's 4-layer decoder, width {width}, Python's source",
         data="long source",
         model=make,
-        loss=cross_entropy,
         batch_size=16,
         steps=300,
     )
@@ -62,7 +61,6 @@ TASKS: dict[str, Task] = {
         "2-layer character transformer as GPT-2 starts, width 64, Python's source",
         data="source",
         model=lambda data: models.gpt2(data.classes, SHORT, width=64, layers=2),
-        loss=cross_entropy,
         batch_size=32,
         steps=300,
     ),
@@ -78,7 +76,6 @@ TASKS: dict[str, Task] = {
         "vision transformer, digits",
         data="digits",
         model=_always(models.VisionTransformer, 64, 3),
-        loss=cross_entropy,
         batch_size=64,
         steps=300,
     ),
@@ -86,7 +83,6 @@ TASKS: dict[str, Task] = {
         "16 residual blocks of an MLP, digits",
         data="digits",
         model=_always(models.deep_residual, 16, 64),
-        loss=cross_entropy,
         batch_size=128,
         steps=300,
     ),
@@ -94,7 +90,6 @@ TASKS: dict[str, Task] = {
         "20-layer MLP, digits",
         data="digits",
         model=_always(models.deep_plain, 20, 64),
-        loss=cross_entropy,
         batch_size=128,
         steps=300,
     ),
@@ -144,7 +139,6 @@ TASKS: dict[str, Task] = {
         "MLP that knows the digits 0 to 4, a new head, digits 5 to 9",
         data="high digits",
         model=models.fine_tuned,
-        loss=cross_entropy,
         batch_size=64,
         steps=200,
     ),
@@ -152,7 +146,6 @@ TASKS: dict[str, Task] = {
         "adapters of rank 4 on frozen layers that know 0 to 4, digits 5 to 9",
         data="high digits",
         model=lambda data: models.adapted(data, rank=4),
-        loss=cross_entropy,
         batch_size=64,
         steps=200,
     ),

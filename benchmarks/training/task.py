@@ -14,6 +14,11 @@ Loss = Callable[[Tensor, Any, Tensor], Tensor]
 """From inputs, the network's output and targets to a mean over examples."""
 
 
+def cross_entropy(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Compare classes; the mean is over all axes but the last."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
 @dataclass(frozen=True)
 class Task:
     """A problem to train on.
@@ -33,9 +38,9 @@ class Task:
     title: str
     data: str
     model: Callable[[Data], nn.Module]
-    loss: Loss
     batch_size: int
     steps: int
+    loss: Loss = cross_entropy
     held_out: bool = False
     objective: Callable[[nn.Module, Part], Tensor] | None = None
 
@@ -53,11 +58,6 @@ class Task:
         if self.objective is not None:
             return self.objective(model, batch)
         return self.loss(batch.inputs, model(batch.inputs), batch.targets)
-
-
-def cross_entropy(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Compare classes; the mean is over all axes but the last."""
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 def reconstruction(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:

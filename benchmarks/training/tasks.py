@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.training import held_out, models
 from benchmarks.training.data import CONTEXT, Data
-from benchmarks.training.task import Task, cross_entropy, reconstruction, squares
+from benchmarks.training.task import Task, reconstruction, squares
 
 
 def _transformer(width: int, layers: int) -> Callable[[Data], nn.Module]:
@@ -21,7 +21,6 @@ TASKS: dict[str, Task] = {
         "2-layer character transformer, width 64, Python's help texts",
         data="text",
         model=_transformer(width=64, layers=2),
-        loss=cross_entropy,
         batch_size=32,
         steps=400,
     ),
@@ -29,7 +28,6 @@ TASKS: dict[str, Task] = {
         "small CNN, digits",
         data="digits",
         model=lambda _: models.digits_cnn(),
-        loss=cross_entropy,
         batch_size=128,
         steps=90,
     ),
@@ -53,7 +51,6 @@ TASKS: dict[str, Task] = {
         "MLP, digits",
         data="digits",
         model=lambda _: models.digits_mlp(),
-        loss=cross_entropy,
         batch_size=128,
         steps=300,
     ),
@@ -61,7 +58,6 @@ TASKS: dict[str, Task] = {
         "CNN, 5,000 MNIST images",
         data="mnist",
         model=lambda _: models.mnist_cnn(),
-        loss=cross_entropy,
         batch_size=64,
         steps=300,
     ),
@@ -69,7 +65,6 @@ TASKS: dict[str, Task] = {
         "4-layer character transformer, width 128, Python's help texts",
         data="text",
         model=_transformer(width=128, layers=4),
-        loss=cross_entropy,
         batch_size=32,
         steps=400,
     ),
@@ -77,7 +72,6 @@ TASKS: dict[str, Task] = {
         "small ResNet, 5,000 MNIST images",
         data="mnist",
         model=lambda data: models.ResNet(data.classes),
-        loss=cross_entropy,
         batch_size=64,
         steps=200,
     ),
@@ -85,7 +79,6 @@ TASKS: dict[str, Task] = {
         "character LSTM, width 128, Python's help texts",
         data="text",
         model=lambda data: models.LSTM(data.classes, width=128),
-        loss=cross_entropy,
         batch_size=32,
         steps=400,
     ),
@@ -93,7 +86,6 @@ TASKS: dict[str, Task] = {
         "logistic regression, digits",
         data="centered digits",
         model=lambda data: models.linear(64, data.classes),
-        loss=cross_entropy,
         batch_size=128,
         steps=300,
     ),
@@ -101,7 +93,6 @@ TASKS: dict[str, Task] = {
         "logistic regression, rotated digits",
         data="rotated digits",
         model=lambda data: models.linear(64, data.classes),
-        loss=cross_entropy,
         batch_size=128,
         steps=300,
     ),
