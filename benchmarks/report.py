@@ -88,14 +88,7 @@ TEXTS = tuple(
 
 
 def render(text: str, folder: Path) -> tuple[str, int]:
-    """Fill every marked place of a text with its table.
-
-    Args:
-        text: Markdown with markers.
-        folder: Where the result files are.
-
-    Returns:
-        The new text, and how many places it has.
+    """Fill every marked place of a text; return the new one, and how many there are.
 
     Raises:
         ValueError: If a marker names a table that does not exist.

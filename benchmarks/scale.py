@@ -53,25 +53,15 @@ NETWORK = 5e10  # bytes a second that reach a rank
 
 @dataclass
 class Costs:
-    """What falls on one rank.
+    """What falls on one rank."""
 
-    Attributes:
-        state: Bytes that are kept between steps, without copies of K Kᵀ.
-        kept: Bytes of these copies.
-        step: Operations of pre-conditioning, in every step.
-        update: Operations of an update of all factors.
-        received: Bytes from other ranks in a step.
-        buffers: Bytes that are on their way between owners and all others at once.
-        work: Operations of a step on average.
-    """
-
-    state: int = 0
-    kept: int = 0
-    step: int = 0
-    update: int = 0
-    received: int = 0
-    buffers: int = 0
-    work: float = 0.0
+    state: int = 0  # bytes that are kept between steps, without copies of K Kᵀ
+    kept: int = 0  # bytes of these copies
+    step: int = 0  # operations of pre-conditioning, in every step
+    update: int = 0  # operations of an update of all factors
+    received: int = 0  # bytes from other ranks in a step
+    buffers: int = 0  # bytes on their way between owners and all others at once
+    work: float = 0.0  # operations of a step on average
 
 
 def planned(shapes: Shapes, structures: Any) -> _Plan:

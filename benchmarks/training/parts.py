@@ -17,7 +17,6 @@ class Part:
     targets: Tensor
 
     def __len__(self) -> int:
-        """Count the examples."""
         return len(self.inputs)
 
     def rows(self, index: Tensor) -> "Part":
@@ -62,11 +61,8 @@ def digest(*tensors: Tensor) -> str:
 def cut_text(text: str, context: int, origin: str, windows: int = WINDOWS) -> Data:
     """Learn from the first nine tenths, and keep the rest in turns.
 
-    Args:
-        text: Its characters are the classes.
-        context: How many of them are in a window.
-        origin: Where it comes from.
-        windows: How many of them, at most, a loss is taken on.
+    Characters are the classes, `context` of them are in a window, and a loss is taken
+    on so many windows at most.
     """
     index = {char: i for i, char in enumerate(sorted(set(text)))}
     stream = torch.tensor([index[char] for char in text])

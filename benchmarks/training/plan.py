@@ -75,15 +75,7 @@ def result_name(task: str, args: argparse.Namespace) -> str:
 
 
 class Plan:
-    """What is to be done on one task.
-
-    Attributes:
-        task: Its name.
-        path: The result file.
-        store: Keeps the runs.
-        bar: Where progress is shown.
-        failures: What ended runs, if it was no divergence.
-    """
+    """What is to be done on one task."""
 
     def __init__(
         self, task: str, names: Sequence[str], args: argparse.Namespace
@@ -101,8 +93,8 @@ class Plan:
             raise Failures(f"{self.path} has results on other data; move it away.")
         self.store = Store(args.store / f"{task}.jsonl", self.data.hash)
         self.searches = search_specs(task, names, args)
-        self.bar: Any = None
-        self.failures: list[str] = []
+        self.bar: Any = None  # where progress is shown
+        self.failures: list[str] = []  # what ended runs, if it was no divergence
         self._finals: Specs | None = None
         if args.fresh:
             self._forget(self.searches)
