@@ -7,11 +7,13 @@ another `sirfshampoo` perhaps.
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import environment
@@ -71,6 +73,15 @@ def hidden_matrices(
     return matrices, others
 
 
+class Float32Muon(torch.optim.Muon):
+    """Muon whose Newton-Schulz iterations are in float32, not in bfloat16."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step."""
+        with patch.object(Tensor, "bfloat16", Tensor.clone):
+            return super().step(closure)
+
+
 def _muon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
     """Give hidden matrices to Muon, the rest to AdamW.
 
@@ -85,10 +96,40 @@ def _muon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
     built: list[Optimizer] = []
     if matrices:
         settings = {"adjust_lr_fn": "match_rms_adamw"} | settings
-        built.append(torch.optim.Muon(matrices, **settings))
+        kind = Float32Muon if _is_slow_in_bfloat16(matrices) else torch.optim.Muon
+        built.append(kind(matrices, **settings))
     if others:
         built.append(torch.optim.AdamW(others, **of_adamw))
     return built
+
+
+def _is_slow_in_bfloat16(params: Iterable[Tensor]) -> bool:
+    """Return whether Muon computes in float32 in place of bfloat16."""
+    on_cpu = any(p.device.type == "cpu" for p in params)
+    return on_cpu and not environment.multiplies_bfloat16()
+
+
+def _normuon(model: nn.Module, settings: dict[str, Any]) -> list[Optimizer]:
+    """Give hidden matrices to NorMuon, the rest to the AdamW that it has inside.
+
+    Updates have the root mean square .2, which AdamW's have; see `_muon`.
+    """
+    import pytorch_optimizer
+    from pytorch_optimizer.optimizer.muon import base
+    from pytorch_optimizer.optimizer.utils import matrix
+
+    matrices, others = hidden_matrices(model)
+    if _is_slow_in_bfloat16(matrices):
+        in_float32 = partial(matrix.zero_power_via_newton_schulz_5, dtype=torch.float32)
+        base.zero_power_via_newton_schulz_5 = in_float32
+    of_adamw = {"lr": settings.pop("adamw_lr"), "betas": (0.9, 0.999)}
+    of_adamw["weight_decay"] = settings["weight_decay"]
+    groups: list[dict[str, Any]] = []
+    if matrices:
+        groups.append({"params": matrices, "use_muon": True, **settings})
+    if others:
+        groups.append({"params": others, "use_muon": False, **of_adamw})
+    return [pytorch_optimizer.NorMuon(groups, update_scale="match_rms")]
 
 
 def _pytorch_optimizer(name: str) -> Builder:
@@ -121,6 +162,7 @@ BUILDERS: dict[str, Builder] = {
     "sgd": _sgd,
     "adamw": _adamw,
     "muon": _muon,
+    "normuon": _normuon,
     "soap": _pytorch_optimizer("SOAP"),
     "shampoo": _pytorch_optimizer("Shampoo"),
     "heavyball-soap": _heavyball("SOAP"),
@@ -130,6 +172,7 @@ BUILDERS: dict[str, Builder] = {
 """How each is built; a new optimizer joins with one line."""
 
 PACKAGE_OF = {
+    "normuon": "pytorch-optimizer",
     "soap": "pytorch-optimizer",
     "shampoo": "pytorch-optimizer",
     "heavyball-soap": "heavyball",
@@ -165,9 +208,13 @@ def build(
 
 def edition(builder: str) -> str:
     """Return which code a builder's optimizers have: a version, or a hash of ours."""
+    if builder in OURS:
+        return _OUR_EDITION
+    found = f"torch=={torch.__version__}"
     if builder in PACKAGE_OF:
-        return environment.PACKAGES[PACKAGE_OF[builder]][0]
-    return _OUR_EDITION if builder in OURS else f"torch=={torch.__version__}"
+        found = environment.PACKAGES[PACKAGE_OF[builder]][0]
+    in_float32 = "muon" in builder and not environment.multiplies_bfloat16()
+    return found + (", Muon in float32" if in_float32 else "")
 
 
 def _hash_of_sources() -> str:

@@ -55,6 +55,7 @@ def _always(make: Callable[..., nn.Module], *args: Any) -> Callable[[Data], nn.M
 
 
 TASKS: dict[str, Task] = {
+    "speedrun-384": _speedrun(384),
     "speedrun-256": _speedrun(256),
     "speedrun-128": _speedrun(128),
     "source-code": _task(

@@ -155,6 +155,11 @@ CONTESTANTS: dict[str, Contestant] = {
         "muon",
         {"lr": _LR, "adamw_lr": _LR, "momentum": 0.95, "weight_decay": _DECAY},
     ),
+    "normuon": Contestant(
+        "NorMuon, AdamW with a rate of its own",
+        "normuon",
+        {"lr": _LR, "adamw_lr": _LR, "momentum": 0.95, "weight_decay": _DECAY},
+    ),
     "soap": Contestant("SOAP, T = 10", "soap", _SOAP | {"precondition_frequency": 10}),
     "kl-shampoo": Contestant(
         "KL-Shampoo, T = 10", "kl-shampoo", _SOAP | {"precondition_frequency": 10}
@@ -234,5 +239,5 @@ MAIN = (
 )
 """Who takes part unasked."""
 
-ON_HELD_OUT = ("adamw", "muon-tuned", "soap", "sirf-recipe")
+ON_HELD_OUT = ("adamw", "muon-tuned", "normuon", "soap", "sirf-recipe")
 """Who takes part unasked on the tasks that the recipe was not made on."""

@@ -214,6 +214,27 @@ def test_editions_are_named() -> None:
     assert len(optimizers.edition("sirfshampoo")) == 8
 
 
+def test_muon_computes_in_what_the_processor_multiplies_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    start, gradient = torch.randn(2, 24, 16).unbind(0)
+    moves = {}
+    for is_able in (True, False):
+        monkeypatch.setattr(environment, "multiplies_bfloat16", lambda x=is_able: x)
+        model = nn.Linear(16, 24, bias=False)
+        model.weight.data.copy_(start)
+        (muon,) = optimizers.build("muon", model, options)
+        model.weight.grad = gradient.clone()
+        muon.step()
+        moves[is_able] = model.weight.data - start
+        assert optimizers.edition("muon").endswith("in float32") == (not is_able)
+        assert not optimizers.edition("adamw").endswith("in float32")
+    difference = (moves[True] - moves[False]).norm() / moves[True].norm()
+    assert 1e-4 < difference < 0.02  # the rounding of bfloat16, and no more
+    assert gradient.bfloat16().dtype == torch.bfloat16  # as before
+
+
 def test_muon_gets_hidden_matrices_alone() -> None:
     model = TASKS["transformer"].model(data.load("text"))
     options = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}
@@ -251,6 +272,43 @@ def test_peers_get_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found["betas"][1] == drawn["beta2"]
             assert found["precondition_frequency"] == 10
     assert tools.compile_mode is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_able", [True, False])
+def test_normuon_gets_hidden_matrices_in_a_group_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, is_able: bool
+) -> None:
+    class NorMuon(torch.optim.SGD):
+        def __init__(self, groups: Any, update_scale: str) -> None:
+            super().__init__(groups, lr=9.0)
+            assert update_scale == "match_rms"
+
+    def newton_schulz(dtype: torch.dtype = torch.bfloat16) -> torch.dtype:
+        return dtype
+
+    peers = {
+        name: types.ModuleType(f"pytorch_optimizer{name}")
+        for name in ("", ".optimizer", ".optimizer.muon", ".optimizer.utils")
+    }
+    for module in peers.values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    inside = types.SimpleNamespace(zero_power_via_newton_schulz_5=newton_schulz)
+    base = types.SimpleNamespace(zero_power_via_newton_schulz_5=newton_schulz)
+    peers[""].NorMuon = NorMuon  # type: ignore[attr-defined]
+    peers[".optimizer.muon"].base = base  # type: ignore[attr-defined]
+    peers[".optimizer.utils"].matrix = inside  # type: ignore[attr-defined]
+    monkeypatch.setattr(environment, "multiplies_bfloat16", lambda: is_able)
+    drawn = CONTESTANTS["normuon"].draw("lstm", "normuon", 0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    (built,) = optimizers.build("normuon", model, drawn)
+    hidden, others = built.param_groups
+    assert [p.ndim for p in hidden["params"]] == [2, 2]
+    assert [p.ndim for p in others["params"]] == [1, 1]
+    assert (hidden["lr"], others["lr"]) == (drawn["lr"], drawn["adamw_lr"])
+    assert (hidden["use_muon"], others["use_muon"]) == (True, False)
+    assert base.zero_power_via_newton_schulz_5() == (
+        torch.bfloat16 if is_able else torch.float32
+    )
 
 
 # ------------------------------------------------------------------------ search
