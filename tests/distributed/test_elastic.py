@@ -64,7 +64,7 @@ def test_two_of_three_ranks_go_on(tmp_path: Path, way: str, dies_in: str) -> Non
         agent(port, i == 0, str(tmp_path), way, end) for i, end in enumerate(ends)
     ]
     try:
-        told = [each.communicate(timeout=120)[0] for each in agents]
+        told = [each.communicate(timeout=500)[0] for each in agents]
     finally:
         for each in agents:
             each.kill()
