@@ -15,7 +15,7 @@ STORE = environment.ROOT / "build" / "train"
 QUICK_RESULTS = STORE / "quick"
 FACTORS = (0.5, 1.0, 2.0)
 TRIALS, SEEDS, ROUNDS = 10, 3, 2
-QUICK_TRIALS, HELD_OUT_TRIALS = 3, 6
+QUICK_TRIALS, HELD_OUT_TRIALS = 3, 12
 
 
 def positive(text: str) -> int:

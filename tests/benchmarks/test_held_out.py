@@ -147,7 +147,7 @@ def test_adamw_beside_muon_may_have_its_own_rate() -> None:
 def test_one_option_asks_for_all(tmp_path: Path) -> None:
     args = train.parse(["--held-out", "--workers", "32"])
     assert (args.task, args.contestant) == (HELD_OUT, ON_HELD_OUT)
-    assert (args.trials, args.seeds, args.rounds, args.jobs) == (6, 3, 0, 32)
+    assert (args.trials, args.seeds, args.rounds, args.jobs) == (12, 3, 0, 32)
     assert args.lr_factors == [1.0]
     fewer = train.parse(["--held-out", "--task", "vae", "--trials", "2"])
     assert (fewer.task, fewer.trials) == (["vae"], 2)

@@ -60,14 +60,14 @@ def test_the_readme_has_one_picture_and_one_short_table() -> None:
 def test_the_readme_counts_the_tasks_on_which_the_recipe_is_the_best() -> None:
     numbers = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
     numbers += ["nine", "ten", "eleven", "twelve", "thirteen", "fourteen"]
-    found = report.loaded(results.RESULTS / "train", HELD_OUT)
     best = []
-    for result in found:
+    for result in report.loaded(results.RESULTS / "train", HELD_OUT):
         means = {e.name: e.mean("test") for e in entries(result)}
-        best.append(lowest({who: means[who] for who in ON_HELD_OUT}))
+        if {"adamw", "muon-tuned", "soap"} <= set(means):
+            best.append(lowest({who: means.get(who) for who in ON_HELD_OUT}))
     told = "Of (\\w+) tasks that it was not made on, it is the best on (\\w+);"
     (counts,) = re.findall(told, README.read_text("utf-8"))
-    assert counts == (numbers[len(found)], numbers[best.count("sirf-recipe")])
+    assert counts == (numbers[len(best)], numbers[best.count("sirf-recipe")])
 
 
 @pytest.mark.parametrize("number", range(3))
