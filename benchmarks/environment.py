@@ -58,6 +58,7 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": cores(),
         "threads": threads,
+        "multiplies_bfloat16": device != "cpu" or multiplies_bfloat16(),
         "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         "load_at_start": round(os.getloadavg()[0], 2),
     }

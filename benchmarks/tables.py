@@ -286,9 +286,12 @@ def where(env: dict[str, Any]) -> str:
     if env.get("device", "cpu") != "cpu":  # older files were all measured on a CPU
         machine = f"{env['device']} beside {machine}"
     threads = f"{env['threads']} thread" + ("s" if env["threads"] != 1 else "")
+    lacks = ""
+    if not env.get("multiplies_bfloat16", True):
+        lacks = " It has no instructions for bfloat16: Muon computed in float32."
     return (
         f"Measured {env['date']}{commit} on {machine}, {threads}, "
-        f"torch {env['torch']}, Python {env['python']}."
+        f"torch {env['torch']}, Python {env['python']}.{lacks}"
     )
 
 

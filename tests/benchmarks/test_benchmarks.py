@@ -577,3 +577,12 @@ def test_contestants_take_turns_on_a_network() -> None:
     assert all(len(x) == 2 for ms in case["ms"].values() for x in ms.values())
     ms = {"a": {"late": [2.0, 6.0, 4.0]}, "b": {"late": [1.0, 2.0, 4.0]}}
     assert networks.ratio(ms, "a", "b") == "2.00 (1.50 to 2.50)"
+
+
+def test_a_table_tells_that_muon_computed_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for is_able in (True, False):
+        monkeypatch.setattr(environment, "multiplies_bfloat16", lambda x=is_able: x)
+        told = tables.where(environment.describe(1))
+        assert ("Muon computed in float32" in told) == (not is_able)

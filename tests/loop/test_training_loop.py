@@ -296,7 +296,7 @@ def test_constructing_for_2400_parameters_costs_little_more_than_their_model() -
         building.append(built - start)
         del optimizer
     # about twice as long; in seconds, a machine that others use has no limit
-    assert min(constructing) < 6 * min(building), (constructing, building)
+    assert min(constructing) < 4 * min(building), (constructing, building)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
