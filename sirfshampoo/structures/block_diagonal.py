@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sirfshampoo.structures.base import StructuredMatrix
 from sirfshampoo.structures.dense import DenseMatrix
-from sirfshampoo.structures.products import product, product_like
+from sirfshampoo.structures.products import is_widened, product, product_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,8 @@ class BlockDiagonalMatrix(StructuredMatrix):
         """Set Y to ``scale`` · K X."""
         parts = zip(self.tensors(), self._cut(X), self._cut(Y), strict=True)
         for K, x, y in parts:
-            if x.ndim == 3 and y.is_contiguous() and scale != 0.0:
+            fills = x.ndim == 3 and y.is_contiguous() and not is_widened(K)
+            if fills and scale != 0.0:
                 torch.baddbmm(y, K, x, beta=0.0, alpha=scale, out=y)
             else:
                 y.copy_(product_like(K, x, scale))

@@ -14,6 +14,7 @@ from sirfshampoo.structures.base import (
     per_matrix,
 )
 from sirfshampoo.structures.products import (
+    is_widened,
     product,
     product_like,
     sum_of_symmetric_products,
@@ -75,10 +76,14 @@ class DenseMatrix(StructuredMatrix):
         S = None if out is None else out.mat
         return type(self)(sum_of_symmetric_products(*terms, out=S))
 
+    def _adds_products(self) -> bool:
+        """Return whether a product is added to what is there in one call."""
+        return self.mat.ndim == 3 and not is_widened(self.mat)
+
     def add_product_(
         self, other: Self, alpha: float | Tensor, *, scratch: Self | None = None
     ) -> Self:
-        if self.mat.ndim != 3 or isinstance(alpha, Tensor):
+        if not self._adds_products() or isinstance(alpha, Tensor):
             return super().add_product_(other, alpha)
         # with K in a second place, its product is added within the matrix product
         K = self.mat.clone() if scratch is None else scratch.mat.copy_(self.mat)
@@ -90,7 +95,7 @@ class DenseMatrix(StructuredMatrix):
     ) -> Self:
         if isinstance(alpha, Tensor):
             other, alpha = other.scale(alpha), 1.0
-        if self.mat.ndim != 3 or alpha == 0.0:  # see `product`
+        if not self._adds_products() or alpha == 0.0:  # see `product`
             return super().transform_(other, alpha)
         K, L = self.mat, other.mat
         spare = torch.empty_like(K) if scratch is None else scratch.mat

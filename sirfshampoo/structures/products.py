@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+
+#: What a processor calls its instructions for products of a half-precision type.
+_INSTRUCTIONS = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
+
+
+def _without_instructions() -> tuple[torch.dtype, ...]:
+    """Return the half-precision types that this processor has no instructions for.
+
+    Where torch does not tell, these are all.
+    """
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return tuple(
+        dtype
+        for dtype, names in _INSTRUCTIONS.items()
+        if not any(able.get(name) for name in names)
+    )
+
+
+_WIDENED = _without_instructions()
+
+
+def is_widened(A: Tensor) -> bool:
+    """Return whether products of A are computed in float32, then rounded.
+
+    A processor that has no instructions for a type multiplies it number by number, up
+    to a hundred times slower than float32.
+    """
+    return A.dtype in _WIDENED and A.device.type == "cpu"
 
 
 def product(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -17,6 +49,8 @@ def product(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """
     if scale == 0.0:  # torch leaves a half-precision result unwritten on a CPU
         return (A @ B).zero_()
+    if is_widened(A):
+        return product(A.float(), B.float(), scale).to(A.dtype)
     if A.ndim != B.ndim or A.ndim < 3:
         return A @ B if scale == 1.0 else (A @ B).mul_(scale)
     batch = A.shape[:-2]
@@ -70,6 +104,9 @@ def sum_of_symmetric_products(
     terms = tuple(term for term in terms if term[1] != 0.0)  # as in `product`
     if not terms:
         return S.zero_()
+    if is_widened(first):
+        wide = [(X.float(), scale) for X, scale in terms]
+        return S.copy_(sum_of_symmetric_products(*wide))
     size = max(min(d, X.shape[-1]) for X, _ in terms)
     if number == 1 and size >= _PANELS_FROM and S.device.type == "cpu":
         _fill_symmetric(S.view(d, d), [(X.view(X.shape[-2:]), s) for X, s in terms])

@@ -7,10 +7,12 @@ from dataclasses import FrozenInstanceError
 from functools import partial
 from itertools import product
 from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sirfshampoo.structures import SUPPORTED_STRUCTURES, structure_class
 from sirfshampoo.structures.base import StructuredMatrix
@@ -538,6 +540,71 @@ def test_a_structure_that_lacks_a_primitive_cannot_be_instantiated(
     partial = type("Partial", (StructuredMatrix,), members | fields | init)
     with pytest.raises(TypeError, match=missing):
         partial(torch.ones(3))
+
+
+# --- processors without instructions for half precision -------------------------------
+HALF = (torch.float16, torch.bfloat16)
+
+
+class ProductsOf(TorchDispatchMode):
+    """Record the types of numbers that matrix products are taken of."""
+
+    NAMES = frozenset(f"aten::{n}" for n in ("mm", "bmm", "addmm", "baddbmm", "mv"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and look at what it is given."""
+        if func.name().partition(".")[0].rstrip("_") in self.NAMES:
+            self.dtypes |= {t.dtype for t in args if isinstance(t, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@each_structure
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_a_processor_that_cannot_multiply_half_precision_widens_it(
+    name: str,
+    dtype: torch.dtype,
+    batch: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    K, L = (random_matrix(name, 31, batch, dtype) for _ in range(2))
+    changes = ["add_product_"]
+    if K.HAS_SYMMETRIC:
+        K.symmetrize_(), L.symmetrize_()
+        changes.append("transform_")
+    X = torch.randn(*batch, 31, 5).to(dtype)
+
+    def results() -> dict[str, Tensor]:
+        found = {key: run() for key, run in operations(K, X).items()}
+        found["damped_gram"] = K.damped_gram(X, scale=0.5, damping=0.3)
+        ways = {"float": -0.5, "tensor": torch.full(batch, -0.5)}
+        for way, alpha in ways.items():
+            for change in changes:
+                copy = K.map(torch.clone)
+                found[f"{change}, {way}"] = getattr(copy, change)(L, alpha)
+        return {
+            key: dense(value) if isinstance(value, StructuredMatrix) else value.double()
+            for key, value in found.items()
+            if value is not None
+        }
+
+    both = {}
+    for widened in ((), HALF):
+        monkeypatch.setattr("sirfshampoo.structures.products._WIDENED", widened)
+        with ProductsOf() as products:
+            both[widened] = results()
+        if widened:
+            assert not products.dtypes & set(HALF)
+        elif name in ("dense", "block30diagonal"):
+            assert dtype in products.dtypes
+    for key, expected in both[()].items():
+        assert_close(both[HALF][key], expected, dtype)
 
 
 # --- cost -----------------------------------------------------------------------------
