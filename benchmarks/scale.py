@@ -21,7 +21,7 @@ from benchmarks import environment, results
 from benchmarks.workloads import Shapes, gpt
 from sirfshampoo import recipe
 from sirfshampoo._engine.assignment import with_owners, work_of
-from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of
+from sirfshampoo._engine.costs import cost_of, counter_bytes
 from sirfshampoo._engine.relay import rounds
 from sirfshampoo._engine.stacks import stack_units
 from sirfshampoo._engine.units import Unit
@@ -124,7 +124,7 @@ def predict(
         cost, group = cost_of(unit, groups[unit.group]), groups[unit.group]
         for rank, costs in enumerate(every):
             held = unit.owner in (None, rank)
-            costs.state += COUNTER_BYTES if held else COUNTER_BYTES // 2
+            costs.state += counter_bytes(unit, held=held)
             for p in unit.params:
                 numbers = _shard(p, rank, ranks) if sharded else p.numel() * held
                 costs.state += numbers * p.element_size() * bool(group["alpha1"])

@@ -11,10 +11,7 @@ from torch.nn import Module
 
 from sirfshampoo._config.arguments import check_batch_size, check_model
 from sirfshampoo._config.checks import check_flag
-from sirfshampoo._config.groups import (
-    check_options,
-    with_kappa,
-)
+from sirfshampoo._config.groups import check_options, with_kappa
 from sirfshampoo._config.variant import Variant
 from sirfshampoo._distributed import Ranks, check_sharing, is_initialized
 from sirfshampoo._engine.batch_size import BatchSizeCounter
@@ -59,8 +56,8 @@ class SIRFShampoo(UnitOptimizer):
 
     All state is tensors in ``state``: under the first parameter of a group ``step``,
     ``skipped`` (steps sat out because of a non-finite gradient), ``K{n}.{field}`` and
-    ``m{n}.{field}``; under every parameter ``momentum_buffer``, or, of gradients,
-    ``gradient_momentum``.
+    ``m{n}.{field}``, with `follow_gradient` ``norm_mean`` and ``norm_count``, too;
+    under every parameter ``momentum_buffer``, or, of gradients, ``gradient_momentum``.
 
     Attributes:
         SUPPORTED_STRUCTURES: Maps the name of a structure to the class of structured
@@ -103,6 +100,7 @@ class SIRFShampoo(UnitOptimizer):
         momentum_first: bool = False,
         nesterov: bool = False,
         normalize_update: bool = False,
+        follow_gradient: bool = False,
         max_relative_update: float | None = None,
         clamp: str = "frobenius",
         relative_damping: bool = False,
@@ -213,6 +211,9 @@ class SIRFShampoo(UnitOptimizer):
                 Axes of size 1 do not count. s = 1 for vectors, and for weights of four
                 axes of which the first, of outputs, is 1; an embedding of `model` looks
                 up outputs: s = √D.
+            follow_gradient: Whether U shrinks with what is pre-conditioned, X: times
+                min(1, ‖X‖_F / its mean over all steps so far). A normalized update has
+                one size however small gradients have become.
             max_relative_update: How far lr · U moves a parameter at most, beside its
                 Frobenius norm, or ½ s if that is more. Default: None, no limit.
             clamp: Which norm of m limits the step of K: ``'frobenius'``, with which
@@ -249,6 +250,7 @@ class SIRFShampoo(UnitOptimizer):
             momentum_first=momentum_first,
             nesterov=nesterov,
             normalize_update=normalize_update,
+            follow_gradient=follow_gradient,
             max_relative_update=max_relative_update,
             clamp=clamp,
             relative_damping=relative_damping,

@@ -200,6 +200,7 @@ class Unit:
     V: list[Tensor] = field(default_factory=list)
     K: list[Tensor] = field(default_factory=list)
     m: list[Tensor] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # of what is pre-conditioned
     Pi: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -253,6 +254,7 @@ class Twin:
         momentum_first: bool = False,
         nesterov: bool = False,
         normalize_update: bool = False,
+        follow_gradient: bool = False,
         max_relative_update: float | None = None,
         clamp: str = "frobenius",
         relative_damping: bool = False,
@@ -325,6 +327,8 @@ class Twin:
         U = unit.group(unit.V) if s["momentum_first"] else G
         if s["momentum_first"] and s["nesterov"]:
             U = G + s["alpha1"] * U
+        norm = float((U**2).sum() ** 0.5)
+        unit.norms.append(norm)
         for n in axes:
             number = number_of_times(s["exponent"], n, G.ndim)
             size = float((K[n] ** 2).sum() / len(K[n])) ** 0.5
@@ -342,6 +346,9 @@ class Twin:
             spectral = float(torch.linalg.svdvals(X).max())
             scales = wanted / max(schatten4, 1e-300), longest / max(spectral, 1e-300)
             U = U * min(scales)
+        if s["follow_gradient"]:
+            mean = sum(unit.norms) / len(unit.norms)
+            U = U * min(1.0, norm / max(mean, 1e-300))
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["max_relative_update"] is not None:

@@ -109,6 +109,10 @@ _CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum-last": ("momentum after pre-conditioning", {"momentum_first": False}),
     "heavy-ball": ("without Nesterov's look ahead", {"nesterov": False}),
     "natural": ("U at its own size", {"normalize_update": False, "lr": 4e-3}),
+    "following": (
+        "steps that shrink with the gradient",
+        {"follow_gradient": True},
+    ),
     "unlimited": (
         "no limit relative to the parameter",
         {"max_relative_update": None},

@@ -36,6 +36,7 @@ class Variant:
     momentum_first: bool = _option(False, check_flag)
     nesterov: bool = _option(False, check_flag)
     normalize_update: bool = _option(False, check_flag)
+    follow_gradient: bool = _option(False, check_flag)
     max_relative_update: float | None = _option(None, check_limit)
     clamp: str = _option("frobenius", one_of("frobenius", "spectral"))
     relative_damping: bool = _option(False, check_flag)

@@ -210,6 +210,8 @@ def _check_group(owner: str, saved: Group, present: Group, unit: Unit) -> None:
 def _shapes(unit: Unit) -> dict[Tensor, dict[str, Size]]:
     """Return the shapes that a unit's state must have, but for momenta."""
     first: dict[str, Size] = {"step": Size(), "skipped": Size()}
+    if unit.variant.follow_gradient:
+        first |= {"norm_mean": Size(), "norm_count": Size()}
     axes = zip(unit.structures, unit.dims, strict=True)
     for n, (name, dim) in enumerate(axes):
         for field, shape in structure_class(name).layout(dim).items():

@@ -18,9 +18,6 @@ from sirfshampoo.structures.base import accumulation_dtype
 #: How many steps a kept K Kᵀ is taken to serve if the interval is a callable.
 _GUESSED_INTERVAL = 10
 
-#: The bytes of a unit's counters, `step` and `skipped`.
-COUNTER_BYTES = 16
-
 
 def interval_of(group: Mapping[str, Any]) -> int:
     """Return how many steps the factors of a group are expected to stay."""
@@ -148,6 +145,20 @@ def _cost(
 def _among(structure: type[StructuredMatrix], dim: int) -> int:
     """Return the operations of a product of two matrices of one structure."""
     return structure.flops(dim, -(-structure.num_stored(dim) // max(dim, 1)))
+
+
+def counter_bytes(unit: Unit, *, held: bool = True) -> int:
+    """Return the bytes of what is counted for a unit on this rank.
+
+    Args:
+        unit: The unit.
+        held: Whether the factors lie here; if not, there is `step` alone.
+    """
+    step = skipped = torch.int64.itemsize
+    if not held:
+        return step
+    norms = accumulation_dtype(unit.params[0].dtype).itemsize  # their mean and count
+    return step + skipped + (2 * norms if unit.variant.follow_gradient else 0)
 
 
 def momentum_bytes(unit: Unit, group: Mapping[str, Any], *, held: bool = True) -> int:

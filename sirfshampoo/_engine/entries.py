@@ -20,7 +20,7 @@ def is_own(key: Any) -> bool:
 
     Wrappers put their own beside; these are kept.
     """
-    names = {OF_UPDATES, OF_GRADIENTS, "step", "skipped"}
+    names = {OF_UPDATES, OF_GRADIENTS, "step", "skipped", "norm_mean", "norm_count"}
     return key in names or re.fullmatch(r"[Km]\d+\.\w+", str(key)) is not None
 
 

@@ -15,6 +15,7 @@ from sirfshampoo._engine.joint import stacked
 from sirfshampoo._engine.kept import Preparation
 from sirfshampoo._engine.stacks import Stack
 from sirfshampoo._engine.units import Unit
+from sirfshampoo._method.following import Past
 from sirfshampoo.structures import StructuredMatrix
 
 #: How many numbers the gradients of stacks that are treated together have: with more,
@@ -71,6 +72,7 @@ class Task:
     preparation: Preparation
     lrs: list[Tensor]  # of the rows, where learning rates are tensors
     skipped: Tensor  # of the rows
+    past: Past | None  # of the rows
 
     @property
     def K(self) -> list[StructuredMatrix]:
@@ -129,7 +131,8 @@ def plan_stack(
         if shared.lr is None:
             lrs = [groups[unit.group]["lr"] for unit in units]
         (skipped,) = stack.part([stack.skipped], rows)
-        tasks.append(Task(stack, rows, units, shared, preparation, lrs, skipped))
+        past = None if stack.past is None else stack.past[rows]
+        tasks.append(Task(stack, rows, units, shared, preparation, lrs, skipped, past))
     return tasks
 
 

@@ -15,7 +15,9 @@ from sirfshampoo._engine.kept import KeptProducts
 from sirfshampoo._engine.momenta import zero_momenta
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._method import device
+from sirfshampoo._method.following import Past
 from sirfshampoo.structures import StructuredMatrix, structure_class
+from sirfshampoo.structures.base import accumulation_dtype
 from sirfshampoo.structures.diagonal import DiagonalMatrix
 
 State = dict[str, Tensor]
@@ -45,6 +47,7 @@ class Stack:
             distributed the shard on this rank; None if there is none.
         step: The number of steps taken, ``[rows]``, on the CPU.
         skipped: The number of steps sat out for a non-finite gradient, ``[rows]``.
+        past: How large what is pre-conditioned has been; None if nobody asks.
         starting: The rows whose factors are 0, and start when a finite gradient comes.
         elementwise: Whether all factors are diagonal.
         products: The factors in the form that multiplies gradients.
@@ -99,6 +102,10 @@ class Stack:
             self.V = zero_momenta(units, held=held)
         self.step = torch.full((len(units),), step, dtype=torch.int64, device="cpu")
         self.skipped = torch.zeros(batch, dtype=torch.int64, device=place)
+        self.past: Past | None = None
+        if first.variant.follow_gradient:
+            dtype = accumulation_dtype(first.params[0].dtype)
+            self.past = Past.none(*batch, dtype=dtype, device=place)
 
         self._kinds = [(p.device, p.dtype) for p in first.params]
         self.elementwise = all(isinstance(K_n, DiagonalMatrix) for K_n in self.K)
@@ -142,6 +149,9 @@ class Stack:
             for field, tensor in matrix.named_tensors()
         }
         entries = [(0, "step", self.step), (0, "skipped", self.skipped)]
+        if self.past is not None:
+            entries.append((0, "norm_mean", self.past.mean))
+            entries.append((0, "norm_count", self.past.count))
         entries += [(0, key, tensor) for key, tensor in fields.items()]
         entries += [(j, self.momentum, V_j) for j, V_j in enumerate(self.V or [])]
         for position, key, tensor in entries:

@@ -42,6 +42,7 @@ from sirfshampoo._method.factors import (
     start_factors,
     update_factors,
 )
+from sirfshampoo._method.following import take_in
 from sirfshampoo._method.lessons import Lesson, learn_together
 from sirfshampoo._method.preconditioner import precondition
 from sirfshampoo._method.rows import both, finite_rows, unless_all
@@ -129,31 +130,41 @@ def take_steps(
             precondition_rows(task.stack, task.rows, ahead_of, task.preparation)
             for task, (_, ahead_of) in zip(batch, gathered, strict=True)
         ]
-        route.deliver(_updates(batch, U, learned))
+        sources = [ahead_of for _, ahead_of in gathered]
+        route.deliver(_updates(batch, sources, U, learned))
 
 
 def _updates(
-    batch: Sequence[Task], U: Sequence[Tensor], learned: Sequence[Tensor | None]
+    batch: Sequence[Task],
+    sources: Sequence[Tensor],
+    U: Sequence[Tensor],
+    learned: Sequence[Tensor | None],
 ) -> list[Update]:
     """Return what the parameters of a batch are to move along.
 
     Args:
         batch: The tasks.
-        U: What is pre-conditioned of each, ``[rows, *dims]``; overwritten.
+        sources: What was pre-conditioned of each, ``[rows, *dims]``.
+        U: What became of it; overwritten.
         learned: Which rows of each may move, ``[rows]``; None: all.
     """
     units, variant = [task.units[0] for task in batch], batch[0].settings.variant
     rows = [len(task.units) for task in batch]
+    pasts = [task.past for task in batch if task.past is not None]
+    norms = torch.cat([row_norms(X) for X in sources]) if pasts else None
     probe = row_norms if variant.normalize_update else row_sums
     probes = torch.cat([probe(U_i) for U_i in U])
     finite = finite_rows(probes)
     if finite is not None:
         pairs = zip(learned, finite.split(rows), strict=True)
         learned = [both(mask, other) for mask, other in pairs]
-    scales: Sequence[Tensor | None] = [None] * len(batch)
+    whole: Tensor | None = None
     if variant.normalize_update:
-        sizes = [unit.size for unit in units]
-        scales = normalizing(U, probes, sizes=sizes).split(rows)
+        whole = normalizing(U, probes, sizes=[unit.size for unit in units])
+    if norms is not None:
+        shrinks = take_in(pasts, norms, learned)
+        whole = shrinks if whole is None else whole.mul_(shrinks)
+    scales = [None] * len(batch) if whole is None else whole.split(rows)
     updates = []
     for task, U_i, scale, moves in zip(batch, U, scales, learned, strict=True):
         if moves is not None:

@@ -23,6 +23,7 @@ from sirfshampoo._method.descent import (
     scale_rows,
     size_of,
 )
+from sirfshampoo._method.following import shrinking
 from sirfshampoo.structures.base import accumulation_dtype
 
 
@@ -94,6 +95,8 @@ def _of_direction(
     U = precondition_rows(stack, rows, G)
     if variant.normalize_update:
         scale_rows([U], normalizing([U], row_norms(U), sizes=[unit.size]))
+    if stack.past is not None:
+        scale_rows([U], shrinking(stack.past.mean[rows], row_norms(G)))
     if limit is not None:
         pieces = scattered([unit], U)
         for U_j, W_j in zip(pieces, W, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of, momentum_bytes
+from sirfshampoo._engine.costs import cost_of, counter_bytes, momentum_bytes
 from sirfshampoo._engine.units import Unit
 from sirfshampoo._report.table import Row, Summary, summarize, tell_bytes
 from sirfshampoo.structures import structure_class
@@ -44,7 +44,7 @@ def check_memory(
         own = momentum_bytes(unit, group, held=holds(unit))
         if holds(unit):
             cost = cost_of(unit, group)
-            own += sum(cost.axis_bytes) + cost.kept_bytes + COUNTER_BYTES
+            own += sum(cost.axis_bytes) + cost.kept_bytes + counter_bytes(unit)
         needed[device] = needed.get(device, 0) + own
     for device, number in needed.items():
         free = free_bytes(device)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sirfshampoo._engine.costs import COUNTER_BYTES, cost_of, momentum_bytes, period_of
+from sirfshampoo._engine.costs import cost_of, counter_bytes, momentum_bytes, period_of
 from sirfshampoo._engine.spread import costliest_step, spread
 from sirfshampoo._engine.units import Unit
 
@@ -30,6 +30,7 @@ class Row:
         parameters: How many numbers the parameters hold.
         axis_bytes: The bytes of each axis' factor with its momentum.
         momentum_bytes: The bytes of the parameters' momentum buffers.
+        counter_bytes: The bytes of what is counted, such as steps.
         kept_bytes: The bytes of what is kept of K Kᵀ between updates of the factors,
             beside the state; 0 if ``T`` is 1.
         update_flops: About how many floating-point operations an update of the factors
@@ -46,6 +47,7 @@ class Row:
     parameters: int
     axis_bytes: tuple[int, ...]
     momentum_bytes: int
+    counter_bytes: int
     kept_bytes: int
     update_flops: int
     step_flops: int
@@ -58,7 +60,7 @@ class Row:
     @property
     def state_bytes(self) -> int:
         """The bytes of all tensors in the optimizer's state, counters included."""
-        return self.factor_bytes + self.momentum_bytes + COUNTER_BYTES
+        return self.factor_bytes + self.momentum_bytes + self.counter_bytes
 
 
 #: What is added up over the rows.
@@ -274,6 +276,7 @@ def summarize(
                 parameters=unit.dims.numel(),
                 axis_bytes=cost.axis_bytes,
                 momentum_bytes=momentum_bytes(unit, group),
+                counter_bytes=counter_bytes(unit),
                 kept_bytes=cost.kept_bytes,
                 update_flops=cost.update_flops,
                 step_flops=cost.step_flops,

@@ -100,7 +100,7 @@ def test_the_snippets_of_a_page_run(
         assert (tmp_path / "optimizer.pt").exists()
         assert (tmp_path / "optimizer.safetensors").exists()
     if name == "from_adamw":
-        assert len(snippets_of(PAGES[name])) == 3
+        assert len(snippets_of(PAGES[name])) == 4
         SIRFShampoo(names["model"], **names["arguments"])
 
 

@@ -430,6 +430,7 @@ def test_plain_data_goes_through_json() -> None:
         "parameters": 16,
         "axis_bytes": [2 * 2 * 16, 2 * 4 * 4],
         "momentum_bytes": 64,
+        "counter_bytes": 16,
         "kept_bytes": 0,
         "update_flops": told.rows[1].update_flops,
         "step_flops": told.rows[1].step_flops,

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
     "momentum_first": True,
     "nesterov": True,
     "normalize_update": True,
+    "follow_gradient": True,
     "max_relative_update": 0.04,
     "clamp": "spectral",
     "relative_damping": True,
@@ -222,6 +223,40 @@ def test_no_direction_of_an_update_is_far_longer_than_the_others(
     assert not normalized(torch.zeros(shape), size=size).any()
 
 
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+def test_steps_shrink_with_the_gradient_beside_its_mean_so_far(size: float) -> None:
+    options = {"lr": 1.0, "alpha1": 0.0, "beta2": 0.0, "normalize_update": True}
+    models = [nn.Linear(2, 3, bias=False) for _ in range(2)]
+    steady, following = (
+        SIRFShampoo(model, batch_size=1, follow_gradient=follows, **options)
+        for model, follows in zip(models, (False, True), strict=True)
+    )
+    counted: list[float] = []
+    for norm in (1.0, 3.0, float("nan"), 0.5, 0.0, 1.5):
+        G = torch.randn(3, 2)
+        before = [model.weight.detach().clone() for model in models]
+        for model in models:
+            model.weight.grad = G / G.norm() * norm * size
+        steady.step()
+        following.step()
+        moves = [
+            model.weight.detach() - start
+            for model, start in zip(models, before, strict=True)
+        ]
+        if norm == norm:
+            counted.append(norm)
+            shrinks = min(1.0, norm / (sum(counted) / len(counted)))
+            torch.testing.assert_close(moves[1], shrinks * moves[0])
+            told = following.diagnostics()["weight/update_norm"]
+            assert told == pytest.approx(float(moves[1].norm()), rel=1e-5)
+        else:  # is sat out, and does not count
+            assert not moves[1].any()
+    state = following.state[models[1].weight]
+    assert state["norm_count"].item() == len(counted)
+    mean = sum(counted) / len(counted) * size
+    assert state["norm_mean"].item() == pytest.approx(mean, rel=1e-5)
+
+
 def test_of_what_an_embedding_looks_up_each_entry_counts() -> None:
     tied = nn.Embedding(9, 4)
     head = nn.Linear(4, 9)
@@ -407,6 +442,7 @@ def test_training_resumes_to_the_bit_with_all_options(taken: int) -> None:
         ("max_relative_update", float("inf")),
         ("clamp", "nuclear"),
         ("normalize_update", 1),
+        ("follow_gradient", None),
         ("relative_damping", "yes"),
         ("exponent", 0.6),
         ("exponent", "half"),
