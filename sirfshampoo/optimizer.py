@@ -212,8 +212,8 @@ class SIRFShampoo(UnitOptimizer):
                 axes of which the first, of outputs, is 1; an embedding of `model` looks
                 up outputs: s = √D.
             follow_gradient: Whether U shrinks with what is pre-conditioned, X: times
-                min(1, ‖X‖_F / its mean over all steps so far). A normalized update has
-                one size however small gradients have become.
+                ‖X‖_F / its mean over all steps so far, between 0.1 and 1. A normalized
+                update has one size however small gradients have become.
             max_relative_update: How far lr · U moves a parameter at most, beside its
                 Frobenius norm, or ½ s if that is more. Default: None, no limit.
             clamp: Which norm of m limits the step of K: ``'frobenius'``, with which

@@ -348,7 +348,7 @@ class Twin:
             U = U * min(scales)
         if s["follow_gradient"]:
             mean = sum(unit.norms) / len(unit.norms)
-            U = U * min(1.0, norm / max(mean, 1e-300))
+            U = U * min(1.0, max(0.1, norm / max(mean, 1e-300)))
         for i, P in enumerate(cut_back(U, Gs, unit.group)):
             decayed = unit.W[i]
             if s["max_relative_update"] is not None:

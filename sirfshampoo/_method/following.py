@@ -9,6 +9,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sirfshampoo._method.descent import add_each_
+
+#: Steps go on at so much of their size: an exact solution, whose gradients vanish too,
+#: would not be reached otherwise.
+_SHORTEST = 0.1
+
 
 @dataclass(frozen=True, eq=False)  # hashed by older compilers, half-built
 class Past:
@@ -45,24 +51,22 @@ def take_in(
     """
     means, counts = [past.mean for past in pasts], [past.count for past in pasts]
     mean, count = torch.cat(means), torch.cat(counts)
-    if all(mask is None for mask in moves):
-        count += 1
-        mean += (norms - mean) / count
-    else:
-        masks = [
-            torch.ones_like(part, dtype=torch.bool) if mask is None else mask
-            for part, mask in zip(counts, moves, strict=True)
-        ]
-        taken = torch.cat(masks)
-        count += taken
-        change = (norms - mean) / count
-        mean += change.masked_fill_(~taken, 0.0)
+    taken = torch.ones_like(count)
+    if any(mask is not None for mask in moves):
+        pairs = zip(counts, moves, strict=True)
+        taken = torch.cat(
+            [
+                torch.ones_like(c) if mask is None else mask.to(c.dtype)
+                for c, mask in pairs
+            ]
+        )
+    change = ((norms - mean) / (count + taken)).masked_fill_(taken == 0, 0.0)
     rows = [len(part) for part in means]
-    torch._foreach_copy_(means + counts, [*mean.split(rows), *count.split(rows)])
-    return shrinking(mean, norms)
+    add_each_([*means, *counts], [*change.split(rows), *taken.split(rows)])
+    return shrinking(mean + change, norms)
 
 
 def shrinking(mean: Tensor, norms: Tensor) -> Tensor:
-    """Return min(1, norm / mean), ``[rows]``; 1 where all norms so far are 0."""
-    # a square may have left float32's range
-    return (norms / mean).nan_to_num_(nan=1.0).clamp_(max=1.0)
+    """Return norm / mean, ``[rows]``, at least 0.1 and at most 1; 1 for 0 / 0."""
+    # which is what tiny numbers are: their squares leave float32's range
+    return (norms / mean).nan_to_num_(nan=1.0).clamp_(_SHORTEST, 1.0)

@@ -28,6 +28,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "float16 factors": {"preconditioner_dtypes": torch.float16},
     "limits": {
         "normalize_update": True,
+        "follow_gradient": True,
         "max_relative_update": 0.1,
         "clamp": "spectral",
         "relative_damping": True,
