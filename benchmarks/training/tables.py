@@ -154,11 +154,14 @@ def held_out(results: Sequence[Result]) -> Grid:
         means = {who: e.mean("test") for who, e in there.items()}
         best = lowest({who: means.get(who) for who in ON_HELD_OUT})
         cells = {who: _held_out_cell(there.get(who)) for who in ON_HELD_OUT}
-        if best is not None:
+        if best is not None and len(there) > 1:
             cells[best] = f"**{cells[best]}**"
         lines.append((f"{name}: {TASKS[name].title}", *cells.values()))
     titles = (CONTESTANTS[who].title for who in ON_HELD_OUT)
-    notes = ["Test losses, means over seeds ± standard errors, the lowest in bold."]
+    notes = [
+        "Test losses, means over seeds ± standard errors, the lowest in bold where "
+        "several were run."
+    ]
     if results:
         notes.append(_how_held_out(found))
         notes += dict.fromkeys(where(r["environment"]) for r in results[:1])
