@@ -62,6 +62,7 @@ def graph_breaks() -> int:
 def test_two_variants_follow_the_twin_under_a_scheduler(structures: Any) -> None:
     model = layers()
     config = {**FAST, "T": T, "structures": structures, "kappa": 0.1}
+    config["follow_gradient"] = True
     lr = torch.tensor(FAST["lr"], dtype=torch.float64)
     optimizer = SIRFShampoo(model, batch_size=BATCH, **{**config, "lr": lr})
     scheduler = ExponentialLR(optimizer, 0.9)
@@ -131,7 +132,7 @@ def test_no_list_of_tensors_where_a_compiler_fails_on_lists(
         return graph.forward
 
     model = layers()
-    config = {**FAST, "T": T, "kappa": kappa}
+    config = {**FAST, "T": T, "kappa": kappa, "follow_gradient": True}
     optimizer = SIRFShampoo(model, batch_size=BATCH, **config)
     twin = Twin(find_units(model), **config)
     step = torch.compile(optimizer.step, backend=backend)

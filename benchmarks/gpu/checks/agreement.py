@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{name: {"structures": name} for name in STRUCTURES},
     "mixture": {"structures": mixture(1), "T": 2, "kappa": 0.1},
     "like the recipe": {**HALF, "nesterov": True, "initial_factors": "gradient"},
+    "following": {"structures": "dense", "follow_gradient": True},
 }
 
 

@@ -49,6 +49,7 @@ CASES: dict[str, Case] = {
     "joined": Case(lambda model: {**SMALL, "structures": mixture(1)}, JOINED),
     "recipe": Case(lambda model: recipe(model, batch_size=4, steps=40)),
     "recipe-joined": Case(lambda model: recipe(model, batch_size=4), JOINED),
+    "following": Case(lambda model: {**SMALL, "follow_gradient": True}, JOINED),
     "T=3": Case(lambda model: {**SMALL, "T": 3, "alpha2": 0.0}, JOINED),
     "spread": Case(lambda model: {**SMALL, "T": 3, "spread_updates": True}),
     "from-the-gradient": Case(

@@ -363,6 +363,8 @@ class Loop:
             if not self.optimizer.state.get(first):
                 continue
             expected = {"step", "skipped"}
+            if self.optimizer._engine.variant.follow_gradient:
+                expected |= {"norm_mean", "norm_count"}
             for n, K_n in enumerate(K):
                 for kind in "Km" if group["alpha2"] else "K":
                     expected |= {f"{kind}{n}.{key}" for key, _ in K_n.named_tensors()}
